@@ -1,0 +1,7 @@
+"""The knowledge-distillation core of Stillhouse."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+__version__ = _version("stillhouse-core")
