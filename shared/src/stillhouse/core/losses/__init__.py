@@ -1,12 +1,28 @@
 """Knowledge-distillation objectives as pure functions over tensors, one family a file.
 
-Conventions, the same everywhere: the student is the first argument and the teacher the second; the direction of a divergence
-is named teacher first (`forward_kl` is KL(teacher ‖ student)); the teacher is detached inside; logits are [..., V], a mask is
-bool [...] with True for what counts; values are computed and returned in float32 (float64 for float64 inputs), under
-autocast too; `reduction` is "token_mean" unless said otherwise. Nothing here knows of a trainer.
+Conventions, the same everywhere: the student is the first argument and the teacher the second; the
+direction of a divergence is named teacher first (`forward_kl` is KL(teacher ‖ student)); the teacher is
+detached inside; logits are [..., V], a mask is bool [...] with True for what counts; values are computed
+and returned in float32 (float64 for float64 inputs), under autocast too; `reduction` is "token_mean"
+unless said otherwise. Nothing here knows of a trainer.
 """
 
 from __future__ import annotations
 
 from ._reduction import Reduction as Reduction
 from ._reduction import reduce as reduce
+from .divergence import alpha_divergence as alpha_divergence
+from .divergence import forward_kl as forward_kl
+from .divergence import generalized_jsd as generalized_jsd
+from .divergence import kd_loss as kd_loss
+from .divergence import reverse_kl as reverse_kl
+from .divergence import skew_forward_kl as skew_forward_kl
+from .divergence import skew_reverse_kl as skew_reverse_kl
+from .divergence import tvd as tvd
+from .relations import attention_relation as attention_relation
+from .relations import correlation_congruence as correlation_congruence
+from .relations import pairwise_distances as pairwise_distances
+from .relations import rkd_angle as rkd_angle
+from .relations import rkd_distance as rkd_distance
+from .relations import similarity_kl as similarity_kl
+from .relations import similarity_preserving as similarity_preserving
