@@ -1,8 +1,9 @@
 """What every loss of this package shares: argument checks, precision, masks and the four reductions.
 
-A loss computes one value per *row* (a row is a sample, a token or a pixel), in float32 or float64, and hands the values
-to `reduce`. Rows that the mask leaves out are best removed before anything is computed (`valid_rows`): they cost nothing
-then, and whatever their padding holds, NaN included, cannot reach a gradient.
+A loss computes one value per *row* (a row is a sample, a token or a pixel), in float32 or float64, and
+hands the values to `reduce`. Rows that the mask leaves out are best removed before anything is computed
+(`valid_rows`): they cost nothing then, and whatever their padding holds, NaN included, cannot reach a
+gradient.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast floating tensors to their common compute dtype (float32, or float64 when one of them is).
 
-    The cast is explicit, so it holds under `torch.autocast` as well: element-wise operations, `exp`, `log_softmax` and
-    sums keep the dtype of their input there. Matrix products do not; wrap them in `full_precision`.
+    The cast is explicit, so it holds under `torch.autocast` as well: element-wise operations, `exp`,
+    `log_softmax` and sums keep the dtype of their input there. Matrix products do not; wrap them in
+    `full_precision`.
     """
     dtype = compute_dtype(*tensors)
     return tuple(t.to(dtype) for t in tensors)
@@ -61,7 +63,8 @@ def check_pair(student: Tensor, teacher: Tensor, *, min_dim: int = 1) -> None:
     check_floating("teacher", teacher)
     if student.dim() < min_dim or student.shape[-1] == 0:
         raise ValueError(
-            f"student has shape {list(student.shape)}; at least {min_dim} dimension(s) with a non-empty last one are needed"
+            f"student has shape {list(student.shape)}; at least {min_dim} dimension(s) are needed, the last "
+            "one not empty"
         )
     if student.shape != teacher.shape:
         hint = ""
@@ -71,7 +74,8 @@ def check_pair(student: Tensor, teacher: Tensor, *, min_dim: int = 1) -> None:
                 "vocabulary before the loss"
             )
         raise ValueError(
-            f"student has shape {list(student.shape)} but teacher has {list(teacher.shape)}; they must be equal{hint}"
+            f"student has shape {list(student.shape)} but teacher has {list(teacher.shape)}; they must be "
+            f"equal{hint}"
         )
 
 
@@ -94,7 +98,7 @@ def check_reduction(reduction: str, num_items: int | Tensor | None = None) -> No
         raise ValueError(f"reduction={reduction!r} is unknown; allowed: {', '.join(REDUCTIONS)}")
     if num_items is not None and reduction != "token_mean":
         raise ValueError(
-            f"num_items replaces the row count of reduction='token_mean'; it has no meaning with {reduction!r}"
+            f"num_items replaces the row count of reduction='token_mean'; it means nothing with {reduction!r}"
         )
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
@@ -104,7 +108,7 @@ def check_reduction(reduction: str, num_items: int | Tensor | None = None) -> No
 
 
 def check_temperature(temperature: float | Tensor, shape: torch.Size) -> None:
-    """Raise unless the temperature is a positive number, or a positive tensor [..., 1] that fits rows of `shape`.
+    """Raise unless the temperature is a positive number or a positive tensor [..., 1] that fits the rows.
 
     Args:
         temperature: number, one-element tensor, or tensor that broadcasts to shape + [1].
@@ -123,7 +127,7 @@ def check_temperature(temperature: float | Tensor, shape: torch.Size) -> None:
                 fits = False
             if not fits:
                 raise ValueError(
-                    f"temperature has shape {list(temperature.shape)}, which does not fit rows of {list(shape)}"
+                    f"temperature has shape {list(temperature.shape)}, which does not fit rows {list(shape)}"
                 )
         if not bool((temperature > 0).all()):
             raise ValueError("every temperature must be > 0")
@@ -139,8 +143,9 @@ def valid_rows(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         tensors: each [..., D] with the same leading shape.
 
     Returns:
-        One tensor [N, D] per input, N = number of valid rows. No copy is made without a mask. With an empty mask the
-        rows are [0, D] and still connected to the graph: sums over them are zero with zero gradients.
+        One tensor [N, D] per input, N = number of valid rows. No copy is made without a mask. With an
+        empty mask the rows are [0, D] and still connected to the graph: sums over them are zero with zero
+        gradients.
     """
     if mask is None:
         return tuple(t.reshape(-1, t.shape[-1]) for t in tensors)
@@ -201,20 +206,22 @@ def reduce(
     Args:
         values: [...], float32 or float64.
         mask: bool [...], True = the row counts; None counts all.
-        reduction: "none" returns the rows with zeros where masked; "token_mean" (default) divides the sum by the number
-            of valid rows; "sum"; "batch_mean" divides the sum by the size of the *first* dimension, masked rows included
-            (torch's "batchmean").
-        num_items: with "token_mean", divide by this count instead of the local one: the number of valid rows of the
-            whole update, over accumulation steps and ranks. The sum of the parts then equals the loss of the whole.
+        reduction: "none" returns the rows with zeros where masked; "token_mean" (default) divides the sum
+            by the number of valid rows; "sum"; "batch_mean" divides the sum by the size of the *first*
+            dimension, masked rows included (torch's "batchmean").
+        num_items: with "token_mean", divide by this count instead of the local one: the number of valid
+            rows of the whole update, over accumulation steps and ranks. The sum of the parts then equals
+            the loss of the whole.
 
     Returns:
         A scalar, or [...] for "none". With no valid row it is zero and still connected to the graph.
 
     Raises:
         TypeError: the mask is not boolean.
-        ValueError: unknown reduction, mask of another shape, num_items with another reduction than token_mean.
+        ValueError: unknown reduction, mask of another shape, num_items without token_mean.
 
     Example:
+        >>> import torch
         >>> values = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
         >>> mask = values < 9
         >>> reduce(values, mask=mask).item(), reduce(values, mask=mask, reduction="batch_mean").item()
