@@ -19,6 +19,14 @@ from .divergence import reverse_kl as reverse_kl
 from .divergence import skew_forward_kl as skew_forward_kl
 from .divergence import skew_reverse_kl as skew_reverse_kl
 from .divergence import tvd as tvd
+from .features import MGDGenerator as MGDGenerator
+from .features import attention_transfer as attention_transfer
+from .features import cka as cka
+from .features import cosine as cosine
+from .features import hint_loss as hint_loss
+from .features import linear_cka as linear_cka
+from .features import mgd as mgd
+from .features import pkd as pkd
 from .relations import attention_relation as attention_relation
 from .relations import correlation_congruence as correlation_congruence
 from .relations import pairwise_distances as pairwise_distances
