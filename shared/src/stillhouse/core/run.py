@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json as _json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
@@ -37,6 +38,16 @@ def default_folder(domain: str, preset: str, *, now: datetime | None = None) -> 
     """
     moment = datetime.now() if now is None else now
     return Path("runs") / domain / f"{preset}-{moment:%Y%m%d-%H%M%S}"
+
+
+def world_size() -> int:
+    """Return how many processes run together, as torchrun or SLURM says; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank() -> int:
+    """Return the number of this process among those that run together; 0 is the one that speaks."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def jsonable(value: Any) -> Any:
@@ -118,6 +129,7 @@ class Run:
         json: print the result as one JSON object on the standard output.
         verbose: say more, and show tracebacks.
         patience: seconds after which work shows a progress bar.
+        unique: where `out` exists already, make `out-2`, `out-3`, … instead of writing into it.
 
     Example:
         >>> import tempfile
@@ -137,9 +149,11 @@ class Run:
     patience: float = 2.0
     unique: bool = False
     _created: bool = field(default=False, init=False, repr=False)
+    _stream: TextIO = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
+        self._stream = sys.stdout
         if self.console is None:
             self.console = Console(stderr=self.json)
         if self.out.is_file():
@@ -157,7 +171,16 @@ class Run:
         json: bool = False,
         verbose: bool = False,
     ) -> Run:
-        """Begin a run in `out`, or in a fresh `runs/<domain>/<preset>-<time>` where `out` is None."""
+        """Begin a run in `out`, or in a fresh `runs/<domain>/<preset>-<time>` where `out` is None.
+
+        Raises:
+            ConfigError: several processes run together and `out` is None: each would name a folder of its
+                own.
+        """
+        if out is None and world_size() > 1:
+            raise ConfigError(
+                "--out is required where several processes run together, for example under torchrun"
+            )
         folder = default_folder(domain, preset) if out is None else out
         return cls(out=folder, seed=seed, device=device, json=json, verbose=verbose, unique=out is None)
 
@@ -272,18 +295,20 @@ class Run:
         """Print the end of the run and return the full result.
 
         With `json` this is one object on the standard output: `out` and the entries of `result`. Without, the
-        last lines are the folder and, where the result has a `report`, the path of its HTML page.
+        last lines are the folder and, where the result has a `report`, the path of its HTML page. Of several
+        processes only the first speaks.
         """
         full: dict[str, Any] = {"out": str(self.out) if self._created or self.out.exists() else None}
         full.update(jsonable(result))
+        if rank() != 0:
+            return full
         if self.json:
-            print(_json.dumps(full, ensure_ascii=False, allow_nan=False), file=sys.stdout, flush=True)
+            print(_json.dumps(full, ensure_ascii=False, allow_nan=False), file=self._stream, flush=True)
             return full
         for key, value in full.items():
             if key not in ("out", "report") and isinstance(value, int | float | str):
-                self.say(
-                    f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}"
-                )
+                shown = f"{value:.4g}" if isinstance(value, float) else value
+                self.say(f"{key.replace('_', ' ')}: {shown}")
         if full["out"] is not None:
             self._last(full["out"])
         if full.get("report"):

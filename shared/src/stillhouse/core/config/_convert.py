@@ -175,9 +175,20 @@ def _check_annotation(annotation: Any, *, level: int, place: str) -> None:
             raise TypeError(f"{place}: the annotation {arm!r} is none that a configuration can hold")
 
 
+def unbuilt(value: Any) -> Any:
+    """Turn configuration objects back into dicts of their init fields, all the way down; copy mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: unbuilt(getattr(value, name)) for name in fields_of(type(value))}
+    if isinstance(value, Mapping):
+        return {key: unbuilt(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(unbuilt(item) for item in value)
+    return list(value) if isinstance(value, list) else value
+
+
 def did_you_mean(name: str, allowed: Sequence[str]) -> str:
     """Return ` (did you mean 'x'?)` for the nearest of `allowed`, or an empty string."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import enum
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
-from ._convert import convert_section, fields_of
+from ._convert import convert_section, fields_of, unbuilt
 from ._override import apply_override
 from ._source import read_source, resolve
 
@@ -56,13 +55,11 @@ def load_config(
     values: dict[str, Any]
     if source is None:
         values = {}
-    elif isinstance(source, cls):
-        values = _raw(source)
-    elif isinstance(source, Mapping):
-        values = _thaw(source)
+    elif isinstance(source, cls | Mapping):
+        values = unbuilt(source)
     elif isinstance(source, str | Path):
         path = resolve(source, presets)
-        values = _thaw(read_source(path))
+        values = unbuilt(read_source(path))
         origin = f"{path}: "
     else:
         raise TypeError(
@@ -76,26 +73,6 @@ def load_config(
         if not origin:
             raise
         raise ConfigError(f"{origin}{error}") from error.__cause__
-
-
-def _thaw(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy nested mappings into dicts that overrides can change."""
-    return {key: _thaw(item) if isinstance(item, Mapping) else copy.copy(item) for key, item in value.items()}
-
-
-def _raw(config: Any) -> dict[str, Any]:
-    """Return the init fields of a dataclass, sections as dicts, values as they are."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return _raw(value)
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return tuple(plain(item) for item in value)
-        return value
-
-    return {name: plain(getattr(config, name)) for name in fields_of(type(config))}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -120,7 +97,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"config must be an instance of a configuration dataclass, got {config!r}")
-    return plain(_raw(config))
+    return plain(unbuilt(config))
 
 
 def save_config(config: Any, path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Literal, get_args, get_origin
 
 from ..errors import ConfigError
-from ._convert import arms_of, convert, did_you_mean, fields_of, is_section, mapping_value, tuple_items, wrong
+from ._convert import arms_of, convert, did_you_mean, fields_of, is_section, mapping_value, tuple_items, unbuilt, wrong
 
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 _NONE = {"none", "null", ""}
@@ -46,7 +46,7 @@ def apply_override(cls: type, values: MutableMapping[str, Any], override: str) -
         names = ", ".join(f"{path}.{name}" for name in fields_of(arms_of(annotation)[0]))
         raise ConfigError(f"--set {override}: {path} is a section; set one of {names}")
     try:
-        target[parts[-1]] = parse_text(annotation, text, path)
+        target[parts[-1]] = unbuilt(parse_text(annotation, text, path))
     except ConfigError as error:
         raise ConfigError(f"--set {override}: {error}") from error
 
