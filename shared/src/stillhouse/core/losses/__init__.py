@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from ._reduction import Reduction as Reduction
 from ._reduction import reduce as reduce
+from .balance import GradNorm as GradNorm
+from .balance import LossBalancer as LossBalancer
+from .balance import SumNormalised as SumNormalised
+from .balance import Uncertainty as Uncertainty
 from .divergence import alpha_divergence as alpha_divergence
 from .divergence import forward_kl as forward_kl
 from .divergence import generalized_jsd as generalized_jsd
@@ -34,3 +38,9 @@ from .relations import rkd_angle as rkd_angle
 from .relations import rkd_distance as rkd_distance
 from .relations import similarity_kl as similarity_kl
 from .relations import similarity_preserving as similarity_preserving
+from .term import DistillationLoss as DistillationLoss
+from .term import RatioWatch as RatioWatch
+from .term import Term as Term
+from .term import WeightedSum as WeightedSum
+from .transport import sinkhorn_loss as sinkhorn_loss
+from .transport import sinkhorn_plan as sinkhorn_plan
