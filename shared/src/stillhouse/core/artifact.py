@@ -81,7 +81,7 @@ class Artifact:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "student"
         >>> saved = Artifact.save(folder, kind="example", tensors={"weight": torch.eye(2)},
-        ...                       config={"width": 2}, metrics={"accuracy": 0.5}, card="# A student of nobody")
+        ...                       config={}, metrics={"accuracy": 0.5}, card="# A student")
         >>> student = Artifact.load(folder)
         >>> student.tensors()["weight"].tolist(), student.metrics["accuracy"]
         ([[1.0, 0.0], [0.0, 1.0]], 0.5)
@@ -371,7 +371,7 @@ def _name_problem(name: str) -> str | None:
         return "it must be in Unicode normal form NFC"
     for part in name.split("/"):
         if not _PART.fullmatch(part) or part.endswith((".", " ")) or _DEVICES.fullmatch(part):
-            return "a part must start with a letter or digit and hold no '..', backslash, colon or control character"
+            return "a part starts with a letter or digit and holds no backslash, colon or control character"
     return None
 
 
