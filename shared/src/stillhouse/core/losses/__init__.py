@@ -15,6 +15,10 @@ from .balance import GradNorm as GradNorm
 from .balance import LossBalancer as LossBalancer
 from .balance import SumNormalised as SumNormalised
 from .balance import Uncertainty as Uncertainty
+from .contrastive import CRD as CRD
+from .contrastive import info_nce as info_nce
+from .contrastive import mi_alpha as mi_alpha
+from .contrastive import mi_alpha_loss as mi_alpha_loss
 from .divergence import alpha_divergence as alpha_divergence
 from .divergence import forward_kl as forward_kl
 from .divergence import generalized_jsd as generalized_jsd

@@ -134,7 +134,8 @@ def sinkhorn_loss(
 
     Example:
         >>> student, teacher = torch.randn(8, 5), torch.randn(8, 5)
-        >>> torch.allclose(sinkhorn_loss(student, teacher), sinkhorn_loss(student, teacher.flip(0)), atol=1e-5)
+        >>> shuffled = teacher.flip(0)
+        >>> torch.allclose(sinkhorn_loss(student, teacher), sinkhorn_loss(student, shuffled), atol=1e-5)
         True
         >>> abs(sinkhorn_loss(teacher, teacher, debias=True).item()) < 1e-6
         True
