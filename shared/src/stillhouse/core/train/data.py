@@ -8,7 +8,7 @@ rank sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -251,26 +251,68 @@ class _Stream:
         return [order[i * size : (i + 1) * size] for i in range(len(loader))]
 
 
-def batches_after(data: Iterable[Any], consumed: int) -> Iterator[Any]:
-    """Endless batches of any iterable, starting after `consumed` of them; it is started over when it ends.
+class Feed:
+    """What the trainer draws batches from: a `SeededLoader`, or any iterable, started over when it ends.
 
     Args:
-        data: gives the same batches each time it is iterated; a one-shot iterator simply ends the run when it
-            ends.
-        consumed: batches to leave out.
-
-    Raises:
-        ValueError: `data` gave no batch.
+        data: with `shard(rank, world_size, pin_memory=…)` it gives each rank its part (otherwise it has to do
+            so by itself); with `state_dict` and `load_state_dict` it knows its position (otherwise as many
+            batches as were used are drawn and dropped on a resume, which is exact for data that repeat
+            themselves).
+        rank: index of this process.
+        world_size: number of processes.
+        pin_memory: hand batches over in page-locked memory.
     """
-    if isinstance(data, Sized) and len(data):
-        consumed %= len(data)
-    while True:
-        number = 0
-        for number, batch in enumerate(data, start=1):
-            if number > consumed:
-                yield batch
-        if number == 0:
-            raise ValueError(
-                "data gave no batch; an iterable that can be used only once is too short for this run"
-            )
-        consumed = max(consumed - number, 0)
+
+    def __init__(self, data: Iterable[Any], rank: int, world_size: int, *, pin_memory: bool) -> None:
+        self._data = data
+        self._stateful = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+        self._used = 0
+        self._batches: Iterator[Any] | None = None
+        if hasattr(data, "shard"):
+            data.shard(rank, world_size, pin_memory=pin_memory)
+
+    @property
+    def epoch(self) -> int:
+        """Zero-based epoch of the last batch."""
+        if hasattr(self._data, "epoch"):
+            return int(self._data.epoch)
+        return max(self._used - 1, 0) // len(self._data) if isinstance(self._data, Sized) else 0
+
+    def next(self) -> Any:
+        """The next batch.
+
+        Raises:
+            ValueError: the data gave no batch when they were started (again).
+        """
+        if self._batches is None:
+            self._batches = self._endless(0 if self._stateful else self._used)
+        batch = next(self._batches)
+        self._used += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data."""
+        state = {"used": self._used}
+        return {**state, "data": self._data.state_dict()} if self._stateful else state  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position."""
+        self._used = state["used"]
+        if self._stateful and "data" in state:
+            self._data.load_state_dict(state["data"])  # type: ignore[attr-defined]
+
+    def _endless(self, skip: int) -> Iterator[Any]:
+        if isinstance(self._data, Sized) and len(self._data):
+            skip %= len(self._data)
+        while True:
+            number = 0
+            for number, batch in enumerate(self._data, start=1):
+                if number > skip:
+                    yield batch
+            if number == 0:
+                raise ValueError(
+                    f"data ended after {self._used} batches and cannot be started over; give a longer or "
+                    "repeatable iterable, or fewer steps"
+                )
+            skip = max(skip - number, 0)
