@@ -61,7 +61,26 @@ def column_format(cells: Sequence[Any]) -> str:
     largest = max(sizes, default=0.0)
     if 0 < largest < 0.1 or largest >= 1e6:
         return ".3g"
-    return f".{min(3, max(0, 2 - math.floor(math.log10(largest))))}f" if largest > 0 else ".3f"
+    return f".{_decimals(largest)}f"
+
+
+def ratio_text(ratio: float) -> str:
+    """Write a ratio as people say it.
+
+    Example:
+        >>> [ratio_text(r).replace(THIN, " ") for r in (0.0625, 0.4, 0.64, 1.0, 2.5)]
+        ['1/16', '1/2.5', '0.64', '1', '2.5 ×']
+    """
+    if 0 < ratio <= 0.5:
+        inverse = 1 / ratio
+        digits = 0 if inverse >= 9.95 or abs(inverse - round(inverse)) < 0.05 else 1
+        return f"1/{count_text(inverse)}" if digits == 0 else f"1/{inverse:.1f}"
+    return f"{ratio:.3g}" if ratio < 1.995 else f"{ratio:.3g}{THIN}×"
+
+
+def _decimals(size: float) -> int:
+    """How many decimals show about three digits of a number of this size."""
+    return min(3, max(0, 2 - math.floor(math.log10(abs(size))))) if size else 3
 
 
 def cell_text(value: Any, form: str) -> str:
@@ -69,13 +88,15 @@ def cell_text(value: Any, form: str) -> str:
 
     Args:
         value: Anything; None and NaN become a dash.
-        form: "count", "bytes", "si", "percent", "ms", "times", or a Python format specification such as
-            ".3f".
+        form: "count", "bytes", "si", "percent", "ms", "ratio" (1/16), or a Python format specification such
+            as ".3f".
     """
     if value is None:
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
+    if form == "ms" and is_number(value) and math.isfinite(magnitude(value)):
+        form = f"ms{_decimals(magnitude(value))}"
     if isinstance(value, Interval):
         unit = _unit(form)
         ends = (value.estimate, value.low, value.high)
@@ -85,7 +106,7 @@ def cell_text(value: Any, form: str) -> str:
 
 
 def _unit(form: str) -> str:
-    return {"percent": THIN + "%", "ms": THIN + "ms", "times": THIN + "×"}.get(form, "")
+    return {"percent": THIN + "%", "ms": THIN + "ms"}.get(form.rstrip("0123456789"), "")
 
 
 def _number(value: float, form: str) -> str:
@@ -93,12 +114,14 @@ def _number(value: float, form: str) -> str:
         return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if form == "bytes":
         return bytes_text(value)
+    if form == "ratio":
+        return ratio_text(value)
     if form == "si":
         return si_text(value).replace("-", "−")
     if form == "percent":
         text = f"{100 * value:.1f}"
-    elif form in ("ms", "times"):
-        text = f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+    elif form.startswith("ms"):
+        text = f"{value:.{form[2:] or 3}f}"
     elif form == "count":
         text = count_text(value)
     else:

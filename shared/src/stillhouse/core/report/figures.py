@@ -47,7 +47,7 @@ def confusion_matrix(counts: npt.ArrayLike, classes: Sequence[str], *, title: st
         )
     totals = table.sum(axis=1, keepdims=True)
     shares = np.divide(table, totals, out=np.zeros(table.shape), where=totals > 0)
-    side = min(1.4 + 0.62 * size, 7.2) + 0.06 * max(map(len, classes))
+    side = min(1.3 + 0.52 * size, 7.2) + 0.06 * max(map(len, classes))
     figure, axes = _axes(side, side * 0.94, grid=False)
     from matplotlib.patches import Rectangle
 
@@ -56,17 +56,17 @@ def confusion_matrix(counts: npt.ArrayLike, classes: Sequence[str], *, title: st
             share = float(shares[row, column])
             axes.add_patch(Rectangle((column, row), 1, 1, facecolor=series(0), alpha=share, edgecolor="none"))
             if size <= 16 and table[row, column]:
-                ink = PAPER if share > 0.65 else INK
+                style: dict[str, Any] = {
+                    "ha": "center",
+                    "va": "center",
+                    "color": PAPER if share > 0.65 else INK,
+                }
                 both = size <= 10
-                axes.text(
-                    column + 0.5, row + (0.43 if both else 0.5), f"{100 * share:.0f} %", ha="center", va="center",
-                    color=ink, fontsize=_SIZE,
-                )  # fmt: skip
+                middle = row + (0.42 if both else 0.5)
+                axes.text(column + 0.5, middle, f"{100 * share:.0f} %", fontsize=_SIZE, **style)
                 if both:
-                    axes.text(
-                        column + 0.5, row + 0.72, count_text(table[row, column]), ha="center", va="center",
-                        color=ink, fontsize=_SIZE - 2.2, alpha=0.8,
-                    )  # fmt: skip
+                    below = count_text(table[row, column])
+                    axes.text(column + 0.5, row + 0.74, below, fontsize=_SIZE - 2, alpha=0.85, **style)
     for edge in range(size + 1):
         axes.axhline(edge, color=RULE, linewidth=0.7)
         axes.axvline(edge, color=RULE, linewidth=0.7)
@@ -86,6 +86,8 @@ def confusion_matrix(counts: npt.ArrayLike, classes: Sequence[str], *, title: st
 def reliability_diagram(curves: Mapping[str, ReliabilityCurve], *, title: str = "") -> Figure:
     """Draw accuracy over confidence, one line a model, above the share of items at each confidence.
 
+    The larger a marker, the more items its bin holds.
+
     Args:
         curves: Name → `stillhouse.core.metrics.reliability_curve`.
         title: A short title.
@@ -97,21 +99,31 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve], *, title: str = 
         raise ValueError("curves is empty; give at least one reliability curve")
     figure, (axes, below) = _two_axes(4.6, 4.9, ratios=(3.4, 1))
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, dashes=(4, 3), zorder=1)
-    start = min(float(curve.confidence.min()) for curve in curves.values())
+    lowest = min(float(curve.confidence.min()) for curve in curves.values())
     for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(
-            curve.confidence, curve.accuracy, color=series(i), marker=MARKERS[i % len(MARKERS)], markersize=5,
-            linewidth=1.6, label=f"{name}, ECE {curve.error:.3f}", clip_on=False, zorder=3,
-        )  # fmt: skip
         share = curve.count / curve.count.sum()
-        below.plot(curve.confidence, share, color=series(i), linewidth=1.4, drawstyle="steps-mid")
-        below.fill_between(curve.confidence, share, step="mid", color=series(i), alpha=0.13, linewidth=0)
-    left = max(0.0, np.floor(10 * start) / 10 - 0.02) if start > 0.15 else 0.0
+        mark = MARKERS[i % len(MARKERS)]
+        axes.plot(curve.confidence, curve.accuracy, color=series(i), linewidth=1.3, alpha=0.6, zorder=2)
+        axes.scatter(
+            curve.confidence,
+            curve.accuracy,
+            s=14 + 110 * share,
+            color=series(i),
+            marker=mark,
+            linewidth=0,
+            label=f"{name}, ECE {curve.error:.3f}",
+            clip_on=False,
+            zorder=3,
+        )
+        start, width = curve.edges[:, 0], np.maximum(np.diff(curve.edges, axis=1)[:, 0], 0.004)
+        below.bar(start, share, width, align="edge", color=series(i), alpha=0.3, linewidth=0)
+        below.hlines(share, start, start + width, color=series(i), linewidth=1.5)
+    left = max(0.0, np.floor(10 * lowest) / 10 - 0.02) if lowest > 0.15 else 0.0
     axes.set(xlim=(left, 1), ylim=(0, 1), ylabel="accuracy")
     axes.tick_params(labelbottom=False)
     below.set(xlim=(left, 1), xlabel="confidence of the predicted class", ylabel="share of items")
     below.set_ylim(bottom=0)
-    _legend(axes, loc="upper left")
+    _legend_below(figure, axes, same_size=True)
     _title(axes, title)
     return figure
 
@@ -146,7 +158,10 @@ def embedding_map(
     centres = None if prototypes is None else np.asarray(prototypes, dtype=float)
     if centres is not None and centres.shape != (len(classes), 2):
         raise ValueError(f"prototypes has shape {centres.shape}; give [{len(classes)}, 2]")
-    figure, axes = _axes(5.6, 5.0, grid=False)
+    every = xy if centres is None else np.concatenate([xy, centres])
+    spans = np.ptp(every, axis=0) if len(every) else np.ones(2)
+    shape = float(np.clip(spans[1] / spans[0] if spans[0] > 0 else 1.0, 0.5, 1.1))
+    figure, axes = _axes(5.0, 4.9 * shape + 0.45, grid=False)
     area = float(np.clip(9000 / max(len(y), 1), 7, 34))
     rest = xy[y < 0]
     if len(rest):
@@ -156,7 +171,8 @@ def embedding_map(
     for c, name in enumerate(classes):
         mine = xy[y == c]
         axes.scatter(
-            *mine.T,
+            mine[:, 0],
+            mine[:, 1],
             s=area,
             color=series(c),
             marker=MARKERS[c % len(MARKERS)],
@@ -165,14 +181,19 @@ def embedding_map(
             label=name,
         )
         if centres is not None:
-            axes.scatter(
-                centres[c, 0], centres[c, 1], s=130, color=series(c), marker=MARKERS[c % len(MARKERS)], edgecolor=PAPER, linewidth=1.6,
-                zorder=4,
-            )  # fmt: skip
-    axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+            mark = MARKERS[c % len(MARKERS)]
+            look: dict[str, Any] = {
+                "color": series(c),
+                "marker": mark,
+                "edgecolor": PAPER,
+                "linewidth": 1.6,
+                "zorder": 4,
+            }
+            axes.scatter(centres[c, 0], centres[c, 1], s=150, **look)
+    axes.set(xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set(visible=True, color=RULE)
-    _legend_below(figure, axes)
+    _legend_below(figure, axes, same_size=True)
     _title(axes, title)
     return figure
 
@@ -209,20 +230,21 @@ def training_curves(
     ]
     if not panels:
         raise ValueError("log holds nothing to draw; check its rows and the names in terms")
-    figure, grid = _row_of_axes(5.4 if len(panels) == 1 else 8.2, 3.5, len(panels))
+    figure, grid = _stack_of_axes(5.0, 2.5 * len(panels) + 0.4, len(panels))
     for axes, (values, label) in zip(grid, panels, strict=True):
         low, high = np.inf, 0.0
         for i, (name, pairs) in enumerate(values.items()):
             x, y = np.array(pairs, dtype=float).T
             mark = MARKERS[i % len(MARKERS)] if len(x) <= 25 else None
             axes.plot(x, y, color=series(i), linewidth=1.5, label=name, marker=mark, markersize=3.5)
-            low, high = min(low, float(np.nanmin(y))), max(high, float(np.nanmax(y)))
-        if label == "loss term" and low > 0 and high / low > 30:
-            axes.set_yscale("log")
-            _ticks(axes)
-        axes.set(xlabel="step", ylabel=label)
+            low, high = min(low, float(y.min())), max(high, float(y.max()))
+        if label == "loss term" and low > 0 and high / low > 20:
+            _log_axis(axes, "y")
+        axes.set(ylabel=next(iter(values)) if len(values) == 1 else label)
         axes.margins(x=0.02)
-        _legend(axes, loc="best")
+        if len(values) > 1:
+            _legend(axes)
+    grid[-1].set_xlabel("step")
     _title(grid[0], title)
     return figure
 
@@ -254,7 +276,7 @@ def interval_bars(
     if not names or not values:
         raise ValueError("names or values is empty; give at least one group and one model")
     height = 0.9 + len(names) * (0.16 + 0.2 * len(values))
-    figure, axes = _axes(5.6, height, grid=True)
+    figure, axes = _axes(5.0, height, grid=True)
     axes.grid(visible=False, axis="y")
     step = 0.8 / len(values)
     for i, (model, intervals) in enumerate(values.items()):
@@ -269,9 +291,15 @@ def interval_bars(
             )
         else:
             axes.errorbar(
-                middle, at, xerr=reach.clip(min=0), fmt=MARKERS[i % len(MARKERS)], markersize=5.5, elinewidth=1.5,
-                capsize=0, **look,
-            )  # fmt: skip
+                middle,
+                at,
+                xerr=reach.clip(min=0),
+                fmt=MARKERS[i % len(MARKERS)],
+                markersize=5.5,
+                elinewidth=1.5,
+                capsize=0,
+                **look,
+            )
     axes.set_yticks(np.arange(len(names)), names)
     axes.set(ylim=(len(names) - 0.45, -0.55), xlabel=label)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -311,9 +339,7 @@ def tradeoff_scatter(
         )
     if min(size) <= 0 or min(latency) <= 0:
         raise ValueError("size and latency must be > 0")
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    figure, axes = _axes(5.6, 3.9, grid=True)
+    figure, axes = _axes(5.0, 3.9, grid=True)
     largest = max(size)
     for i, name in enumerate(names):
         value = quality[i]
@@ -324,13 +350,18 @@ def tradeoff_scatter(
         axes.scatter(latency[i], middle, s=area, color=series(i), alpha=0.35, linewidth=0, zorder=2)
         axes.scatter(latency[i], middle, s=16, color=series(i), zorder=3)
         axes.annotate(
-            f"{name}\n{bytes_text(size[i])}", (latency[i], middle), xytext=(5 + np.sqrt(area) / 2, 0),
-            textcoords="offset points", va="center", ha="left", color=INK, fontsize=_SIZE, linespacing=1.35,
-        )  # fmt: skip
+            f"{name}\n{bytes_text(size[i])}",
+            (latency[i], middle),
+            xytext=(5 + np.sqrt(area) / 2, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            color=INK,
+            fontsize=_SIZE,
+            linespacing=1.35,
+        )
     if max(latency) / min(latency) > 4:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_axis(axes, "x")
         axes.margins(x=0.3, y=0.3)
     else:
         axes.margins(x=0.45, y=0.3)
@@ -359,9 +390,12 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _collect(
-    into: dict[str, list[tuple[float, float]]], step: float, values: Mapping[str, Any], head: str,
+    into: dict[str, list[tuple[float, float]]],
+    step: float,
+    values: Mapping[str, Any],
+    head: str,
     wanted: Sequence[str] | None,
-) -> None:  # fmt: skip
+) -> None:
     for name, value in values.items():
         if (wanted is None or name in wanted) and isinstance(value, int | float) and np.isfinite(value):
             into.setdefault(head + name, []).append((step, float(value)))
@@ -370,8 +404,7 @@ def _collect(
 def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), facecolor="none", layout="constrained")
-    return figure
+    return Figure(figsize=(width, height), facecolor="none", layout="constrained")
 
 
 def _axes(width: float, height: float, *, grid: bool) -> tuple[Figure, Axes]:
@@ -391,12 +424,23 @@ def _two_axes(
     return figure, (top, bottom)
 
 
-def _row_of_axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+def _stack_of_axes(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
     figure = _new_figure(width, height)
-    row = list(figure.subplots(1, count, squeeze=False)[0])
-    for axes in row:
+    stack = list(figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0])
+    for axes in stack:
         _style(axes, grid=True)
-    return figure, row
+    return figure, stack
+
+
+def _log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    _ticks(axes)
 
 
 def _style(axes: Axes, *, grid: bool) -> None:
@@ -420,16 +464,27 @@ def _title(axes: Axes, title: str) -> None:
         axes.set_title(title, loc="left", fontsize=_SIZE + 1, fontweight="bold", color=INK, pad=9)
 
 
-def _legend(axes: Axes, *, loc: Literal["best", "upper left"]) -> None:
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(loc=loc, frameon=False, fontsize=_SIZE, labelcolor=INK, handlelength=1.6)
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="best", frameon=False, fontsize=_SIZE, labelcolor=INK, handlelength=1.6)
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def _legend_below(figure: Figure, axes: Axes, *, same_size: bool = False) -> None:
+    from matplotlib.collections import PathCollection
+
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(len(labels), int(62 / (6 + max(map(len, labels))))))
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=_SIZE, labelcolor=INK,
-        handlelength=1.2, columnspacing=1.4,
-    )  # fmt: skip
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=_SIZE,
+        labelcolor=INK,
+        handlelength=1.2,
+        columnspacing=1.4,
+    )
+    for handle in legend.legend_handles if same_size else ():
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([32.0])
+            handle.set_alpha(1.0)

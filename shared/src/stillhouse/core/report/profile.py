@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..metrics import Interval
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
@@ -85,7 +87,10 @@ class Comparison:
         return mine / base if mine is not None and base else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return rows for `Section.table`, one a model, with each quantity and its ratio to the baseline."""
+        """Return rows for `Section.table`, one a model, with each quantity and its ratio to the baseline.
+
+        The latency is the median, with the 10th and 90th percentiles as its interval.
+        """
         columns = {"parameters": "parameters", "bytes": "memory", "disk": "on disk", "flops": "FLOPs"}
         rows = []
         for name, p in self.profiles.items():
@@ -93,8 +98,13 @@ class Comparison:
             for what, heading in columns.items():
                 if any(getattr(q, what) is not None for q in self.profiles.values()):
                     row[heading] = getattr(p, what)
-            row["latency"] = p.latency.median
-            row["p10–p90"] = f"{p.latency.p10:.3g}–{p.latency.p90:.3g}"
+            row["latency"] = Interval(
+                p.latency.median,
+                p.latency.p10,
+                p.latency.p90,
+                0.8,
+                f"median, p10 and p90 of {p.latency.runs} runs",
+            )
             row["size ratio"] = self.ratio(name, "bytes")
             row["latency ratio"] = self.ratio(name, "latency")
             rows.append(row)
@@ -108,8 +118,8 @@ class Comparison:
             "on disk": "bytes",
             "FLOPs": "si",
             "latency": "ms",
-            "size ratio": "times",
-            "latency ratio": "times",
+            "size ratio": "ratio",
+            "latency ratio": "ratio",
         }
         return {key: form for key, form in forms.items() if key in self.rows()[0]}
 

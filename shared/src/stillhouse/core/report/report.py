@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .profile import Comparison
 
 TILE_KINDS = ("", "query", "hit", "miss")
-_FORMATS = ("count", "bytes", "si", "percent", "ms", "times")
+_FORMATS = ("count", "bytes", "si", "percent", "ms", "ratio")
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Section:
             {
                 "name": name,
                 "value": value,
-                "shown": cell_text(value, forms.get(name) or column_format([value])),
+                "shown": cell_text(value, forms.get(name) or _single_format(value)),
             }
             for name, value in mapping.items()
         ]
@@ -85,9 +85,9 @@ class Section:
             columns: The columns, or a mapping from column to its heading. Default: the keys of the first row.
             caption: A sentence above the table.
             best: Column → "max" or "min": the best number of the column is set in bold, ties included.
-            formats: Column → "count", "bytes", "si" (1.8 G), "percent" (of a fraction), "ms", "times", or a
-                Python format such as ".3f". Default: counts for whole numbers, else the same number of
-                decimals down the column.
+            formats: Column → "count", "bytes", "si" (1.8 G), "percent" (of a fraction), "ms", "ratio"
+                (1/16), or a Python format such as ".3f". Default: counts for whole numbers, else the same
+                number of decimals down the column.
             note: Small print below.
 
         Raises:
@@ -348,7 +348,7 @@ def compression_headline(
         size = comparison.ratio(student_name, "bytes")
         speed = comparison.ratio(student_name, "latency")
         parts = [
-            (_share_text(ratio), label)
+            (_share(ratio), label)
             for ratio, label in ((size, "of its size"), (speed, "of its latency"))
             if ratio is not None
         ]
@@ -358,13 +358,9 @@ def compression_headline(
     return sentence + ".", facts
 
 
-def _share_text(ratio: float) -> str:
-    """Write a ratio as people say it: "1/16", "1/2.5", "64 %", "1.3 ×"."""
-    if ratio <= 0.5:
-        inverse = 1 / ratio
-        digits = 0 if inverse >= 9.95 or abs(inverse - round(inverse)) < 0.05 else 1
-        return f"1/{inverse:.{digits}f}"
-    return cell_text(ratio, "percent") if ratio < 1.995 else cell_text(ratio, "times")
+def _share(ratio: float) -> str:
+    """Write a ratio as a part of a sentence: "1/16 of …", "64 % of …", "2.3 × …"."""
+    return cell_text(ratio, "percent" if 0.5 < ratio < 1.995 else "ratio")
 
 
 def prose(text: str) -> Markup:
@@ -452,6 +448,10 @@ def _winners(column: list[Any], direction: str | None) -> set[int]:
         return set()
     top = max(values.values()) if direction == "max" else min(values.values())
     return {i for i, v in values.items() if v == top}
+
+
+def _single_format(value: Any) -> str:
+    return ".6g" if isinstance(value, float) else column_format([value])
 
 
 def _check_formats(formats: Mapping[str, str], keys: list[str]) -> dict[str, str]:
