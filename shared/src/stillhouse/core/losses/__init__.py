@@ -48,3 +48,5 @@ from .term import Term as Term
 from .term import WeightedSum as WeightedSum
 from .transport import sinkhorn_loss as sinkhorn_loss
 from .transport import sinkhorn_plan as sinkhorn_plan
+from .vocabulary import VocabAlignment as VocabAlignment
+from .vocabulary import uld_loss as uld_loss
