@@ -167,6 +167,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation; a broken link or reference is an error. `-- serve` shows it."""
     prepare(session, "mkdocs-material", "mkdocstrings-python", "ruff", torch=False)
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
     if session.posargs:
         session.run("mkdocs", *session.posargs)
         return
