@@ -91,7 +91,8 @@ def editable(extras: str = "test") -> list[str]:
     for folder in FOLDERS:
         declared = (folder / "pyproject.toml").read_text(encoding="utf-8")
         wanted = [extra for extra in extras.split(",") if f"\n{extra} = [" in declared]
-        arguments += ["-e", f"./{folder.relative_to(ROOT)}[{','.join(wanted)}]"]
+        suffix = f"[{','.join(wanted)}]" if wanted else ""
+        arguments += ["-e", f"./{folder.relative_to(ROOT)}{suffix}"]
     return arguments
 
 
