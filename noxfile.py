@@ -160,7 +160,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def types(session: nox.Session) -> None:
     """Check the types of every package's source with mypy."""
-    prepare(session, *editable(""), "mypy")
+    prepare(session, *editable("test,onnx"), "mypy")
     session.run("mypy", *(str((folder / "src").relative_to(ROOT)) for folder in FOLDERS), *session.posargs)
 
 

@@ -124,6 +124,9 @@ def test_the_root_is_a_workspace_and_no_project(root: Path, folders: Folders) ->
     workspace = read(root / "pyproject.toml")
     assert "project" not in workspace
     assert workspace["tool"]["uv"]["workspace"]["members"] == ["shared", "packages/*"]
+    assert workspace["tool"]["uv"]["sources"] == {"stillhouse-core": {"workspace": True}}
+    for folder in folders.values():  # a member that says so itself could not be built outside the workspace
+        assert "uv" not in read(folder / "pyproject.toml")["tool"]
     linted = workspace["tool"]["importlinter"]["root_packages"]
     assert sorted(linted) == sorted(f"stillhouse.{name}" for name in folders)
     layers = workspace["tool"]["importlinter"]["contracts"][0]["layers"]
