@@ -46,8 +46,11 @@ def test_a_wheel_holds_its_package_and_nothing_else(dist: Path, folders: Folders
         assert any(path.startswith(info) and path.endswith("LICENSE") for path in held)
         assert not [path for path in held if "/tests/" in path or "__pycache__" in path]
         source = folder / "src" / "stillhouse" / name
-        shipped = [path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        assert {f"{inside}{path.relative_to(source).as_posix()}" for path in shipped} <= held
+        relative = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+        shipped = [
+            path for path in relative if not any(part.startswith((".", "__")) for part in path.parts[:-1])
+        ]
+        assert {f"{inside}{path.as_posix()}" for path in shipped} <= held
 
 
 def test_wheels_stay_small(dist: Path) -> None:
