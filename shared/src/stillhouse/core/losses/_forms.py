@@ -54,6 +54,12 @@ def log_mix(weight_p: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.logaddexp(first, second).masked_fill(empty, -INF)
 
 
+def safe_logsumexp(x: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension; −inf with a zero gradient where every entry is −inf."""
+    empty = (x == -INF).all(-1, keepdim=True)
+    return torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -INF)
+
+
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else -INF
 

@@ -1,7 +1,11 @@
-"""Public helpers for tests: tiny networks and distillers, processes that are killed."""
+"""Public helpers for tests: gradient audits, tiny networks and distillers, processes that are killed."""
 
 from __future__ import annotations
 
+from .gradients import assert_gradcheck as assert_gradcheck
+from .gradients import assert_gradient as assert_gradient
+from .gradients import assert_gradient_only as assert_gradient_only
+from .gradients import assert_no_gradient as assert_no_gradient
 from .models import TinyConvNet as TinyConvNet
 from .models import TinyMLP as TinyMLP
 from .models import ToyDistiller as ToyDistiller
