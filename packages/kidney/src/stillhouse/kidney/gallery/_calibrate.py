@@ -254,15 +254,16 @@ def _statement(
         text = (
             f"Past a distance of {threshold:.3f} an image is called unknown; from {images} images of "
             f"{stones} stones, each seen without "
-            f"its own stone, so that at most {rate:.0%} of the images of a new stone of these classes are "
+            f"its own stone, so that at most {100 * rate:.0f}\u202f% of the images of a new stone of these "
+            f"classes are "
             f"expected beyond it."
         )
     else:
         text = (
             f"Past a distance of {threshold:.3f}, the largest seen, an image is called unknown; {stones} "
             f"stones cannot support a "
-            f"false-unknown rate of {rate:.0%} (that takes {needed}), only one of about "
-            f"{1 / (stones + 1):.0%}."
+            f"false-unknown rate of {100 * rate:.0f}\u202f% (that takes {needed}), only one of about "
+            f"{100 * (1 / (stones + 1)):.0f}\u202f%."
         )
     if low is not None and high is not None:
         text += f" Resampling the stones moves the threshold between {low:.3f} and {high:.3f}."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .evaluate import accuracy_difference as accuracy_difference
 from .evaluate import evaluate_embeddings as evaluate_embeddings
+from .evaluate import prototype_correct as prototype_correct
 from .evaluate import prototype_logits as prototype_logits
 from .fewshot import kshot_new_class as kshot_new_class
 from .fusion import FUSIONS as FUSIONS

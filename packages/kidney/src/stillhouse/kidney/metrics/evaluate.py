@@ -169,6 +169,63 @@ def _fused_stones(
     )
 
 
+def prototype_correct(
+    query: Tensor,
+    query_labels: Tensor | Sequence[int],
+    gallery: Tensor,
+    gallery_labels: Tensor | Sequence[int],
+) -> np.ndarray:
+    """Whether the nearest prototype has the right class, query by query; what a paired comparison needs.
+
+    Args:
+        query: [N, d].
+        query_labels: integers ≥ 0 [N].
+        gallery: [M, d].
+        gallery_labels: integers ≥ 0 [M].
+
+    Returns:
+        float64 [N], 1 for right and 0 for wrong; queries of a class that the gallery lacks are wrong.
+    """
+    query, gallery = as_embeddings("query", query), as_embeddings("gallery", gallery)
+    labels = as_labels("query_labels", query_labels, len(query))
+    present, prototypes = class_prototypes(gallery, gallery_labels)
+    return (present[euclidean(query, prototypes).argmin(dim=1)] == labels).double().numpy()
+
+
+def accuracy_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    groups: Sequence[str] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """Accuracy of one model minus that of another on the same queries, with a paired interval over stones.
+
+    Args:
+        first: `prototype_correct` of one model [N].
+        second: of the other, same queries in the same order [N].
+        groups: stone of each query [N]; None resamples images.
+        level: coverage.
+        resamples: bootstrap resamples.
+        seed: seed of the resampling.
+
+    Returns:
+        `estimate`, `low`, `high`; the ends are None with one stone.
+    """
+    from stillhouse.core.metrics import bootstrap_interval
+
+    names = as_names("groups", groups, len(first))
+    estimate = float(np.mean(first) - np.mean(second))
+    if (len(first) if names is None else len(set(names))) < 2:
+        return {"estimate": estimate, "low": None, "high": None}
+    got = bootstrap_interval(
+        first, paired_with=second, groups=names, level=level, resamples=resamples, seed=seed
+    )
+    return {"estimate": estimate, "low": got.low, "high": got.high}
+
+
 def _scores(
     query: Tensor,
     labels: Tensor,
@@ -272,5 +329,6 @@ def _calibration(
             "confidence": curve.confidence.tolist(),
             "accuracy": curve.accuracy.tolist(),
             "count": curve.count.tolist(),
+            "edges": curve.edges.tolist(),
         },
     }
