@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from .contract import Distiller
@@ -46,10 +47,12 @@ class ProgressBar(Callback):
 
     Args:
         patience: seconds before it appears.
+        console: where it appears; standard error when None.
     """
 
-    def __init__(self, patience: float = 2.0) -> None:
+    def __init__(self, patience: float = 2.0, *, console: Console | None = None) -> None:
         self.patience = patience
+        self._console = console
         self._bar: Progress | None = None
         self._total = 0
         self._due = 0.0
@@ -71,7 +74,7 @@ class ProgressBar(Callback):
 
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             note = TextColumn("{task.fields[note]}", markup=False)
-            console = Console(file=sys.stderr)
+            console = self._console or Console(file=sys.stderr)
             self._bar = Progress(*columns, note, console=console, transient=True)
             self._bar.add_task("training", total=self._total, note="")
             self._bar.start()

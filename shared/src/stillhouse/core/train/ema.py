@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .sharding import gathered, local, placed
 
 
 class EMA:
@@ -50,31 +51,31 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Take the network's present weights into the average."""
-        means = [_local(mean) for mean in self._mean.values()]
-        live = [_wide(_local(p.detach())) for p in self._live.values()]
+        means = [local(mean) for mean in self._mean.values()]
+        live = [_wide(local(p.detach())) for p in self._live.values()]
         torch._foreach_lerp_(means, live, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to_network(self) -> None:
         """Give the network the averaged weights for good."""
         for name, parameter in self._live.items():
-            _local(parameter.detach()).copy_(_local(self._mean[name]))
+            local(parameter.detach()).copy_(local(self._mean[name]))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network has the averaged weights inside the block and its own ones after it."""
-        kept = [_local(p.detach()).clone() for p in self._live.values()]
+        kept = [local(p.detach()).clone() for p in self._live.values()]
         self.copy_to_network()
         try:
             yield
         finally:
             with torch.no_grad():
                 for parameter, value in zip(self._live.values(), kept, strict=True):
-                    _local(parameter.detach()).copy_(value)
+                    local(parameter.detach()).copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averaged parameters by name; sharded ones are gathered, then every rank has to call it."""
-        return {name: m.full_tensor() if isinstance(m, DTensor) else m for name, m in self._mean.items()}
+        return gathered(self._mean)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -87,19 +88,9 @@ class EMA:
             odd = sorted(state.keys() ^ self._mean.keys())
             raise ValueError(f"the average does not fit the network: {odd[:5]} are in one of them only")
         for name, mean in self._mean.items():
-            full = state[name]
-            if isinstance(mean, DTensor):  # every rank holds the full tensor and keeps its own part
-                full = distribute_tensor(
-                    full.to(mean.device), mean.device_mesh, mean.placements, src_data_rank=None
-                )
-            _local(mean).copy_(_local(full))
+            local(mean).copy_(local(placed(state[name], mean)))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """Float32 of a half-precision tensor; any other tensor itself."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lives on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

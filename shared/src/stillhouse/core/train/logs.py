@@ -37,6 +37,7 @@ def scalar(name: str, value: Tensor) -> Tensor:
 class _Entry(NamedTuple):
     """One update of one role."""
 
+    order: int
     step: int
     values: list[Tensor]
     weights: Mapping[str, float]
@@ -67,6 +68,7 @@ class RunLog:
         self.newest: dict[str, float] = {}
         self._reduce = reduce
         self._window: dict[tuple[str, tuple[str, ...]], list[_Entry]] = {}
+        self._order = 0
         self._sums: dict[str, dict[str, tuple[float, int]]] = {}
         self._watches: dict[str, RatioWatch] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -77,7 +79,10 @@ class RunLog:
 
             path = out / "log.jsonl"
             self.rows = _rows_until(path, step)
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            out.mkdir(parents=True, exist_ok=True)
+            kept = path.with_name(".log.jsonl.partial")
+            kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            kept.replace(path)
             self._file = path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -94,7 +99,8 @@ class RunLog:
             weights: weight of each term.
             task: the task term.
         """
-        entry = _Entry(step, list(values.values()), weights, task)
+        self._order += 1
+        entry = _Entry(self._order, step, list(values.values()), weights, task)
         self._window.setdefault((role, tuple(values)), []).append(entry)
 
     def drain(self) -> None:
@@ -103,20 +109,22 @@ class RunLog:
         Raises:
             NonFiniteLossError: a total or a term was NaN or infinite.
         """
-        window, self._window = self._window, {}
+        window, self._window, self._order = self._window, {}, 0
+        lines: list[tuple[_Entry, str, dict[str, float]]] = []
         for (role, names), entries in window.items():
-            device = entries[0].values[0].device
-            table = torch.stack(
-                [torch.stack([v.to(device, torch.float32) for v in e.values]) for e in entries]
-            )
-            for entry, line in zip(entries, self._reduce(table).tolist(), strict=True):
-                values = dict(zip(names, line, strict=True))
-                self._check(entry.step, role, values)
-                self._watch(role, values, entry)
-                sums = self._sums.setdefault(role, {})
-                for name, value in values.items():
-                    total, count = sums.get(name, (0.0, 0))
-                    sums[name] = (total + value, count + 1)
+            device = entries[0].values[-1].device  # the total's
+            rows = [torch.stack([v.to(device, torch.float32) for v in entry.values]) for entry in entries]
+            for entry, line in zip(entries, self._reduce(torch.stack(rows)).tolist(), strict=True):
+                lines.append((entry, role, dict(zip(names, line, strict=True))))
+        for entry, role, values in sorted(
+            lines, key=lambda line: line[0].order
+        ):  # the first NaN is the cause
+            self._check(entry.step, role, values)
+            self._watch(role, values, entry)
+            sums = self._sums.setdefault(role, {})
+            for name, value in values.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + value, count + 1)
 
     def flush(self, step: int, extra: Mapping[str, Mapping[str, float]]) -> None:
         """Make a row of each role's values since the last one.

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .contract import Distiller, Losses, Step
 from .ema import EMA
+from .sharding import is_sharded, placed
 
 _LOG = logging.getLogger(__name__)
 
@@ -151,31 +151,12 @@ def _all_applied(averages: list[EMA]) -> Iterator[None]:
         yield
 
 
-def gathered(value: Any) -> Any:
-    """A nest with every sharded tensor in full; where anything is sharded, every rank has to call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if isinstance(value, Mapping):
-        return {key: gathered(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [gathered(item) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return value
-
-
-def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A full tensor with the device, layout and sharding of another of the same shape."""
-    if isinstance(like, DTensor):  # every rank holds the full tensor and keeps its own part
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return torch.empty_like(like, dtype=value.dtype).copy_(value)
-
-
 def load_weights(network: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a full state dict into a network that may be sharded."""
     present = network.state_dict()
     network.load_state_dict(
         {
-            key: placed(value, present[key]) if isinstance(present.get(key), DTensor) else value
+            key: placed(value, present[key]) if is_sharded(present.get(key)) else value
             for key, value in state.items()
         }
     )
@@ -205,11 +186,11 @@ def own_state(distiller: Distiller) -> Any:
         tensor.untyped_storage().data_ptr()
         for network in networks
         for tensor in (*network.parameters(), *network.buffers())
-        if not isinstance(tensor, DTensor) and tensor.numel()
+        if not is_sharded(tensor) and tensor.numel()
     }
 
     def own(value: Any) -> bool:
-        if isinstance(value, DTensor):
+        if is_sharded(value):
             return False
         return not (
             isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in known

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
 from .callbacks import Callback, ProgressBar
@@ -41,7 +40,6 @@ from .roles import (
     check_networks,
     evaluating,
     frozen_in_eval,
-    gathered,
     load_optimizer,
     load_own_state,
     load_weights,
@@ -49,6 +47,7 @@ from .roles import (
     warn_of_untrained,
 )
 from .seeding import rng_states, rng_untouched, seed_everything, set_rng_state
+from .sharding import gathered
 
 _LOG = logging.getLogger(__name__)
 Evaluate = Callable[[Distiller, int], Mapping[str, float]]
@@ -300,7 +299,7 @@ class Trainer:
                 role.module, role.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
             )
             assert norm is not None  # max_norm was given
-            values["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            values["grad_norm"] = gathered(norm)
         role.lr = role.optimizer.param_groups[0]["lr"]
         role.optimizer.step()
         role.scheduler.step()
