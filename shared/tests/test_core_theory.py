@@ -39,7 +39,7 @@ def test_published_table_to_five_digits(alpha: float):
 def test_published_y_agrees_with_its_eight_digits():
     printed = [0.38476636, 1.23339677, 1.33232242, 0.69201595, -0.29756146, -0.24189291]
     printed += [-0.79644857, -0.96164802, -0.49672509, -0.34690660, 0.55895127]
-    assert pytest.approx(printed, abs=5.001e-9) == MOBAHI_Y
+    np.testing.assert_allclose(MOBAHI_Y, printed, rtol=0, atol=1e-8)
 
 
 def test_oracle_alphas():
@@ -218,7 +218,7 @@ def test_operators_stay_on_the_simplex_fix_the_anchor_and_commute_with_permutati
 def test_asymptotic_rates(a: float):
     p, q = _pair(4, count=5)
     for operator in (LinearAnchoring(a), GeometricAnchoring(a)):
-        generations = math.ceil(math.log(1e-3) / math.log(1 - a))
+        generations = math.ceil(math.log(1e-5) / math.log(1 - a))
         chain = iterate(operator, p, q, generations)
         assert len(chain) == generations + 1
         for direction in (lambda x: kl_divergence(q, x), lambda x: kl_divergence(x, q)):
