@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .augment import Augment as Augment
 from .dataset import PatchDataset as PatchDataset
 from .dataset import collate as collate
 from .dataset import resize_square as resize_square
@@ -12,6 +13,9 @@ from .items import UNLABELLED as UNLABELLED
 from .items import Collection as Collection
 from .items import Item as Item
 from .items import validate as validate
+from .leakage import Duplicate as Duplicate
+from .leakage import LeakageReport as LeakageReport
+from .leakage import check_leakage as check_leakage
 from .patches import Patch as Patch
 from .patches import balance as balance
 from .patches import extract_folder as extract_folder

@@ -142,7 +142,7 @@ def struvite_surface(rng: np.random.Generator, stone: Traits, x: Field, y: Field
 def struvite_section(rng: np.random.Generator, stone: Traits, x: Field, y: Field) -> Material:
     """Loose grains and smooth putty side by side, with holes."""
     grains = cells(rng, x, y, 6.5 * stone.grain, jitter=1.0)
-    where = np.reciprocal(1 + np.exp(-4 * band_noise(rng, x.shape, 26 * stone.grain, 80)))
+    where = (0.5 + 0.5 * np.tanh(2 * band_noise(rng, x.shape, 26 * stone.grain, 80))).astype(np.float32)
     holes = np.clip(band_noise(rng, x.shape, 9 * stone.grain, 40) - 1.1, 0, 1)
     grain = np.clip(0.7 - grains.near, 0, None) * (0.3 + grains.value) - 0.25
     return Material(
