@@ -156,9 +156,7 @@ def _add_use(app: typer.Typer, domain: Domain) -> None:
         json: JsonOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        from ..artifact import Artifact
-
-        source: Any = config if config is not None else dict(Artifact.load(artifact).config)
+        source: Any = config if config is not None else _config_of(artifact)
         loaded, chosen = load_for(domain, source, overrides=settings or (), seed=seed)
         run = Run.start(
             domain.name, "evaluate", out=out, seed=chosen, device=device, json=json, verbose=verbose
@@ -196,6 +194,12 @@ def _add_use(app: typer.Typer, domain: Domain) -> None:
         with speaking(run):
             result = domain.load("export")(artifact, format, run)
         run.finish(result)
+
+
+def _config_of(artifact: Path) -> dict[str, Any]:
+    from ..artifact import Artifact
+
+    return dict(Artifact.load(artifact).config)
 
 
 def _configs_app(domain: Domain) -> typer.Typer:
