@@ -209,7 +209,7 @@ BARE_PEERS = ("torchdistill", "liger-kernel")  # their requirements hold torchvi
 def oracles(session: nox.Session) -> None:
     """Compare with independent libraries; fails where a comparison is skipped or has vanished."""
     prepare(session, *editable("test,onnx"), "pytest-xdist", *PEERS, *HEAVY_PEERS)
-    session.install("--no-deps", *BARE_PEERS)
+    session.install("--no-deps", "-c", str(CONSTRAINTS), *BARE_PEERS)
     one_thread(session)
     report = Path(session.create_tmp()) / "oracles.xml"
     session.run("pytest", "-m", "oracle", "--run-slow", f"--junitxml={report}", *session.posargs)

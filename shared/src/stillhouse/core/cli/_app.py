@@ -259,13 +259,16 @@ def _lines(values: dict[str, Any], prefix: str = "") -> list[str]:
 def _add_doctor(app: typer.Typer, domain: Domain) -> None:
     @app.command(help="Check libraries, GPU, memory and disk, and say what to install.")
     def doctor(json: JsonOption = False, verbose: VerboseOption = False) -> None:
-        checks = _doctor.requirements_of(domain.distribution) if domain.distribution else ()
-        show_doctor((*checks, *domain.doctor, *_doctor.machine()), json=json)
+        names = (
+            ("stillhouse-core",) if domain.distribution is None else (domain.distribution, "stillhouse-core")
+        )
+        libraries = [check for name in names for check in _doctor.requirements_of(name)]
+        show_doctor((*libraries, *domain.doctor, *_doctor.machine()), json=json)
 
 
 def show_doctor(checks: Sequence[_doctor.Check], *, json: bool) -> None:
-    """Run checks, print their table or JSON, and exit with 1 where something required is missing."""
-    results = _doctor.run_checks(checks)
+    """Run checks, each name once, print them, and exit with 1 where something required is missing."""
+    results = _doctor.run_checks({check.name: check for check in reversed(checks)}.values())[::-1]
     if json:
         print(_json.dumps(_doctor.as_dict(results), ensure_ascii=False))
     else:
