@@ -16,6 +16,7 @@ from .items import validate as validate
 from .leakage import Duplicate as Duplicate
 from .leakage import LeakageReport as LeakageReport
 from .leakage import check_leakage as check_leakage
+from .manifest import read_manifest as read_manifest
 from .patches import Patch as Patch
 from .patches import balance as balance
 from .patches import extract_folder as extract_folder
@@ -23,7 +24,6 @@ from .patches import extract_patches as extract_patches
 from .readers import read_collection as read_collection
 from .readers import read_folder as read_folder
 from .readers import read_kth_tips as read_kth_tips
-from .readers import read_manifest as read_manifest
 from .simulate import Fragment as Fragment
 from .simulate import SimulateConfig as SimulateConfig
 from .simulate import simulate as simulate

@@ -53,10 +53,11 @@ class RandSimilarity(RandomizableTransform):
         """Return `image`, float [C, H, W], turned and shrunk; same shape."""
         turn, size = self.R.uniform(-self.turn, self.turn), self.R.uniform(*self.sizes)
         # MONAI maps from the result to the image, so that its factor is the inverse of the image's size.
-        change = Affine(
+        change: Callable[[Tensor], Any] = Affine(
             rotate_params=turn, scale_params=(1 / size, 1 / size), padding_mode="reflection", image_only=True
         )
-        return change(image)
+        turned: Tensor = change(image)
+        return turned
 
 
 @lru_cache(maxsize=8)

@@ -122,8 +122,8 @@ def check_leakage(
         progress: called with (done, total) while images are read.
 
     Returns:
-        LeakageReport: with `ok` and the names of what was found; for each test picture and kind the best
-        match alone.
+        LeakageReport: with `ok` and the names of what was found; for each test picture the surest match
+        alone.
 
     Raises:
         DataError: an image that cannot be read.
@@ -289,7 +289,8 @@ def _surroundings(
     scores = np.empty(len(a), np.float32)
     for start in range(0, len(a), _STEP):
         part = slice(start, start + _STEP)
-        cuts, inside = [], np.True_
+        cuts: list[Array] = []
+        inside: NDArray[np.bool_] = np.ones((1, 1, 1), np.bool_)
         for pictures, points in ((left, a[part]), (right, b[part])):
             rows = pictures.places[points, 0, None] + reach
             columns = pictures.places[points, 1, None] + reach

@@ -25,7 +25,8 @@ from stillhouse.core.errors import DataError
 
 from .images import SUFFIXES, load_mask
 from .items import Collection, Item, Progress
-from .readers import MANIFEST, read_collection, read_manifest
+from .manifest import MANIFEST, read_manifest
+from .readers import read_collection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +109,7 @@ def _rows(valid: np.ndarray, step: int) -> list[tuple[int, int]]:
     apart.
 
     Within a row, going from left to right and taking each next position that fits is optimal; which rows to
-    take is a
-    dynamic programme: best(y) = max(best(y − 1), best(y − step) + count(y)).
+    take is a dynamic programme: best(y) = max(best(y − 1), best(y − step) + count(y)).
     """
     height = valid.shape[0]
     counts = np.zeros(height, dtype=np.int64)
@@ -178,12 +178,11 @@ def extract_folder(
 ) -> Collection:
     """Cut the patches of a whole set of fragment images and write them with their table.
 
-    The images are read as by `read_collection`. The mask of `<images>/a/b.png` is `<masks>/a/b.png`, with
-    any image ending, or `b_mask` for `b`. The patches go to `<out>/<view>/<class>/<name>_<top>_<left>.png`,
-    their table to `<out>/manifest.csv`. Everything is read and checked before anything is written, and
-    `out` appears in one step when it is complete. Where stones are unknown, each image counts as a stone of
-    its own in the table's `source` column
-    only: the table then has no stone column.
+    The images are read as by `read_collection`. The mask of `<images>/a/b.png` is `<masks>/a/b.png`, with any
+    image ending, or `b_mask` for `b`. The patches go to `<out>/<view>/<class>/<name>_<top>_<left>.png`, their
+    table to `<out>/manifest.csv`. Everything is read and checked before anything is written, and `out`
+    appears in one step when it is complete. Where stones are unknown the table has no stone column, only the `source` image of each patch; the
+    pattern `.+` makes each image a stone of its own, which at least keeps its patches together.
 
     Args:
         images: folder or CSV table of fragment images.
@@ -202,8 +201,7 @@ def extract_folder(
 
     Raises:
         DataError: an image or mask that cannot be used, a missing mask, a mask of another size, no patch at
-        all, or
-            an `out` that is not empty.
+            all, or an `out` that is not empty.
     """
     images, masks, out = Path(images), Path(masks), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -214,7 +212,7 @@ def extract_folder(
     patches: list[Item] = []
     small: list[str] = []
     for done, item in enumerate(collection.items, start=1):
-        found = _cut(item, _mask_file(masks, item.title), size, max_overlap)
+        found = _places(item, _mask_file(masks, item.title), size, max_overlap)
         patches += found
         if not found:
             small.append(item.title)
@@ -226,22 +224,21 @@ def extract_folder(
     chosen = collection.with_items(patches, notes=notes)
     if per_class is not None:
         chosen = balance(chosen, per_class=per_class, seed=seed)
-    _write(chosen, out)
+    _write(chosen, out, size)
     written = read_manifest(out / MANIFEST, check=False)
     return replace(written, notes=tuple(dict.fromkeys((*written.notes, *chosen.notes))))
 
 
-def _cut(item: Item, mask_file: Path, size: int, max_overlap: int) -> list[Item]:
+def _places(item: Item, mask_file: Path, size: int, max_overlap: int) -> list[Item]:
+    """One item for each patch of an image: the image's own, with the corner in its name and no pixels yet."""
     image, mask = item.load(), load_mask(mask_file)
     if mask.shape != image.shape[:2]:
         raise DataError(
             f"{mask_file}: is {mask.shape[1]} × {mask.shape[0]}, its image {item.title} is "
             f"{image.shape[1]} × {image.shape[0]}; draw the mask on the image at its own size"
         )
-    return [
-        replace(item, path=None, array=patch.image, name=f"{item.title}\0{patch.top}\0{patch.left}")
-        for patch in extract_patches(image, mask, size=size, max_overlap=max_overlap)
-    ]
+    corners = patch_corners(mask, size=size, max_overlap=max_overlap)
+    return [replace(item, name=f"{item.title}\0{top}\0{left}") for top, left in corners]
 
 
 def _mask_file(masks: Path, title: str) -> Path:
@@ -258,13 +255,16 @@ def _mask_file(masks: Path, title: str) -> Path:
     )
 
 
-def _write(collection: Collection, out: Path) -> None:
+def _write(collection: Collection, out: Path, size: int) -> None:
     """Write into a hidden folder beside `out` and rename it at the end."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         rows = []
+        path, image = None, np.zeros((0, 0, 3), np.uint8)
         for item in collection.items:
+            if item.path != path:  # patches of an image come one after the other: each is decoded once
+                path, image = item.path, item.load()
             source, top, left = item.name.split("\0")
             stem = Path(source).with_suffix("").as_posix().replace("/", "_")
             relative = f"{_safe(item.view)}/{_safe(item.label)}/{stem}_{top}_{left}.png"
@@ -273,8 +273,8 @@ def _write(collection: Collection, out: Path) -> None:
                     f"{source}: another image gives patches of the same name; rename one of the two"
                 )
             (work / relative).parent.mkdir(parents=True, exist_ok=True)
-            assert item.array is not None
-            Image.fromarray(item.array).save(work / relative, optimize=False)
+            y, x = int(top), int(left)
+            Image.fromarray(image[y : y + size, x : x + size]).save(work / relative)
             row = {"path": relative, "class": item.label, "view": item.view}
             if collection.stone_known:
                 row["stone"] = item.stone

@@ -14,57 +14,18 @@ stone; give a `stone_pattern`, or use a table (`read_manifest`) with a stone col
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stillhouse.core.errors import DataError
 
 from .images import SUFFIXES
-from .items import UNLABELLED, Collection, Item, Progress, validate
+from .items import Collection, Item, Progress
+from .layout import NO_STONES, SPLIT_NAMES, VIEW_NAMES, check_folder, compile_pattern, finish, stone_of
+from .manifest import MANIFEST, read_manifest
 
-VIEW_NAMES: Mapping[str, str] = {
-    "sur": "surface",
-    "surface": "surface",
-    "sec": "section",
-    "section": "section",
-    "mix": "mixed",
-    "mixed": "mixed",
-}
-"""Folder names of views, in small letters, and what they are called here."""
-
-SPLIT_NAMES: Mapping[str, str] = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "unlabelled": "unlabelled",
-    "unlabeled": "unlabelled",
-}
-"""Folder names and table entries of splits, in small letters, and what they are called here."""
-
-MANIFEST = "manifest.csv"
-"""Name of the table that `read_collection` looks for in a folder."""
-
-NO_STONES = (
-    "no stone ids are known: images of one stone cannot be kept together, so that any split is patch-level "
-    "and may show the same stone in train and test"
-)
-
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "path": ("path", "file", "image"),
-    "label": ("class", "label"),
-    "view": ("view",),
-    "stone": ("stone", "stone_id", "group"),
-    "split": ("split", "part"),
-}
 _KTH_NAME = re.compile(r"^\d+-scale_(\d+)_im_(\d+)_grey\.png$")
 
 
@@ -79,8 +40,7 @@ def read_folder(
     """Read a folder of images whose class, view and split are folder names (layouts: top of this module).
 
     Where a folder of the union of the views (MIX) lies beside folders of single views, it is left out and a
-    note says
-    so: every image would come twice. Where it lies alone its view is `mixed`.
+    note says so: every image would come twice. Where it lies alone its view is `mixed`.
 
     Args:
         root: the folder.
@@ -100,8 +60,8 @@ def read_folder(
         cannot be
             read, a name that the pattern does not match.
     """
-    root = _folder(root)
-    match = _compile(stone_pattern)
+    root = check_folder(root)
+    match = compile_pattern(stone_pattern)
     files = sorted(_image_files(root))
     if not files:
         raise DataError(
@@ -116,7 +76,7 @@ def read_folder(
                 path=root / relative,
                 label=label,
                 view=view,
-                stone=_stone(root, relative, match),
+                stone=stone_of(root, relative, match),
                 split=split,
                 name=relative,
             )
@@ -132,73 +92,7 @@ def read_folder(
         )
     if match is None:
         notes.append(NO_STONES)
-    return _finish(items, classes, match is not None, root.name, notes, str(root), check, progress)
-
-
-def read_manifest(
-    table: str | Path,
-    root: str | Path | None = None,
-    *,
-    stone_pattern: str | None = None,
-    classes: Sequence[str] | None = None,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Collection:
-    """Read a CSV table of images.
-
-    Columns, in any order, separated by comma, semicolon or tab: `path` and `class`; `view`, `stone` and
-    `split` where known. Other columns are ignored. A row with an empty class is an unlabelled image. Text
-    is UTF-8.
-
-    Args:
-        table: the CSV file.
-        root: folder that paths are relative to and must lie in; the table's own where left out.
-        stone_pattern: where there is no stone column, as in `read_folder`.
-        classes: names and order of the classes; sorted names where left out.
-        check: decode every image now.
-        progress: called with (done, total) while images are decoded.
-
-    Returns:
-        Collection: items in the order of the rows.
-
-    Raises:
-        DataError: a missing column; a row whose path is outside the root, missing or named twice, whose
-        stone is
-            empty while others have one, or whose split is unknown; the message names file, row and remedy.
-    """
-    table = Path(table)
-    base = _folder(table.parent if root is None else root)
-    match = _compile(stone_pattern)
-    header, rows = _read_table(table)
-    columns = _columns(table, header)
-    seen: dict[str, int] = {}
-    items = []
-    for number, row in rows:
-        cell = {key: row[index].strip() for key, index in columns.items()}
-        where = f"{table}, row {number}"
-        relative = _inside(where, cell["path"], base)
-        if relative in seen:
-            raise DataError(f"{where}: {relative} is already in row {seen[relative]}; take one of them out")
-        seen[relative] = number
-        if "stone" in cell and not cell["stone"]:
-            raise DataError(
-                f"{where}: the stone is empty; fill it in every row, or take the stone column out if unknown"
-            )
-        items.append(
-            Item(
-                path=base / relative,
-                label=cell["label"],
-                view=VIEW_NAMES.get(cell.get("view", "").lower(), cell.get("view", "")) or "image",
-                stone=cell["stone"] if "stone" in cell else _stone(base, relative, match),
-                split=_split(where, cell.get("split", "")),
-                name=relative,
-            )
-        )
-    if not items:
-        raise DataError(f"{table}: has a header and no rows; add one row for each image")
-    known = "stone" in columns or match is not None
-    notes = () if known else (NO_STONES,)
-    return _finish(items, classes, known, table.stem, notes, str(table), check, progress)
+    return finish(items, classes, match is not None, root.name, notes, str(root), check, progress)
 
 
 def read_collection(
@@ -219,7 +113,7 @@ def read_collection(
         return read_manifest(
             path, stone_pattern=stone_pattern, classes=classes, check=check, progress=progress
         )
-    root = _folder(path)
+    root = check_folder(path)
     if (root / MANIFEST).is_file():
         return read_manifest(
             root / MANIFEST, stone_pattern=stone_pattern, classes=classes, check=check, progress=progress
@@ -258,7 +152,7 @@ def read_kth_tips(
         DataError: no files of that name, or an image that cannot be read.
         ValueError: a scale in two bins.
     """
-    root = _folder(root)
+    root = check_folder(root)
     names: dict[int, str] = {}
     for view, scales in (views or {}).items():
         for scale in scales:
@@ -292,58 +186,7 @@ def read_kth_tips(
     note = (
         "KTH-TIPS has one physical sample per class; groups are pictures of it (light and pose), not samples"
     )
-    return _finish(items, None, True, "KTH-TIPS", (note,), str(root), check, progress)
-
-
-def _finish(
-    items: Sequence[Item],
-    classes: Sequence[str] | None,
-    known: bool,
-    name: str,
-    notes: Iterable[str],
-    source: str,
-    check: bool,
-    progress: Progress | None,
-) -> Collection:
-    found = sorted({item.label for item in items} - {UNLABELLED})
-    if classes is not None:
-        missing = sorted(set(classes) - set(found))
-        strange = sorted(set(found) - set(classes))
-        if missing or strange:
-            raise DataError(
-                f"{source}: has the classes {', '.join(found)}; asked for {', '.join(classes)}. "
-                "Name exactly the classes that are there"
-            )
-    views = sorted({item.view for item in items}, key=lambda view: (view != "surface", view))
-    extra = []
-    labels: defaultdict[str, set[str]] = defaultdict(set)
-    for item in items:
-        labels[item.stone].add(item.label)
-    shared = sum(len(found_labels - {UNLABELLED}) > 1 for found_labels in labels.values())
-    if known and shared:
-        extra.append(
-            f"{shared} stone ids occur in more than one class and are kept whole when splitting; if ids "
-            "start anew in each class, put the class into the id"
-        )
-    collection = Collection(
-        items=tuple(items),
-        classes=tuple(classes) if classes is not None else tuple(found),
-        views=tuple(views),
-        stone_known=known,
-        name=name,
-        notes=(*notes, *extra),
-    )
-    if check:
-        validate(collection, progress=progress)
-    return collection
-
-
-def _folder(root: str | Path) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        problem = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"{root}: {problem}; give the folder that holds the class folders")
-    return root
+    return finish(items, None, True, "KTH-TIPS", (note,), str(root), check, progress)
 
 
 def _image_files(root: Path) -> Iterator[str]:
@@ -380,93 +223,3 @@ def _place(root: Path, relative: str) -> tuple[str | None, str, str]:
         f"{root / relative}: cannot tell its class and view from its folders; arrange the images as "
         "<class>/, <view>/<class>/, <split>/<class>/ or <view>/<split>/<class>/, or list them in a CSV table"
     )
-
-
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"stone_pattern: {pattern!r} is no regular expression ({error}); mend it") from error
-
-
-def _stone(root: Path, relative: str, pattern: re.Pattern[str] | None) -> str:
-    if pattern is None:
-        return relative
-    match = pattern.search(relative)
-    stone = "" if match is None else "-".join(g or "" for g in match.groups()) or match[0]
-    if not stone:
-        raise DataError(
-            f"{root / relative}: the stone pattern {pattern.pattern!r} finds no id in {relative!r}; mend "
-            "the pattern or rename the file"
-        )
-    return stone
-
-
-def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows, with row numbers as a spreadsheet shows them."""
-    try:
-        text = table.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table}: is not UTF-8 text; save it as CSV UTF-8") from error
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
-    try:
-        lines = list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{table}: is no CSV table ({error}); save it as CSV UTF-8") from error
-    if not lines or not any(cell.strip() for cell in lines[0]):
-        raise DataError(f"{table}: is empty; its first line must be path,class,view,stone,split")
-    rows = []
-    for number, row in enumerate(lines[1:], start=2):
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) != len(lines[0]):
-            raise DataError(
-                f"{table}, row {number}: has {len(row)} cells, the header has {len(lines[0])}; mend the row"
-            )
-        rows.append((number, row))
-    return [cell.strip().lower() for cell in lines[0]], rows
-
-
-def _columns(table: Path, header: Sequence[str]) -> dict[str, int]:
-    twice = [name for name, count in Counter(header).items() if count > 1 and name]
-    if twice:
-        raise DataError(f"{table}: has the column {twice[0]!r} twice; rename one")
-    columns = {}
-    for key, names in _COLUMNS.items():
-        found = [name for name in names if name in header]
-        if found:
-            columns[key] = header.index(found[0])
-        elif key in ("path", "label"):
-            raise DataError(
-                f"{table}: has no column {names[0]!r} (columns: {', '.join(header)}); the header must name "
-                "path and class, and may name view, stone and split"
-            )
-    return columns
-
-
-def _inside(where: str, path: str, base: Path) -> str:
-    """Path relative to `base` with `/`; outside, missing or no file is an error."""
-    if not path or "\0" in path:
-        raise DataError(f"{where}: the path is empty; give the image's path relative to {base}")
-    absolute = os.path.normpath(base.absolute() / path.replace("\\", "/"))
-    relative = os.path.relpath(absolute, base.absolute())
-    if relative == os.pardir or relative.startswith(os.pardir + os.sep) or os.path.isabs(relative):
-        raise DataError(f"{where}: {path} lies outside {base}; move the image into it or give another root")
-    if not os.path.isfile(absolute):
-        raise DataError(f"{where}: there is no file {path} in {base}; mend the path or take the row out")
-    return Path(relative).as_posix()
-
-
-def _split(where: str, text: str) -> str | None:
-    if not text:
-        return None
-    try:
-        return SPLIT_NAMES[text.lower()]
-    except KeyError:
-        allowed = ", ".join(dict.fromkeys(SPLIT_NAMES.values()))
-        raise DataError(f"{where}: unknown split {text!r}; allowed are {allowed}") from None

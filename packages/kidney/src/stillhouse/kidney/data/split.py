@@ -18,7 +18,7 @@ import numpy as np
 from stillhouse.core.errors import DataError
 
 from .items import UNLABELLED, Collection, Item
-from .readers import NO_STONES
+from .layout import NO_STONES
 
 _CANDIDATES = 64
 

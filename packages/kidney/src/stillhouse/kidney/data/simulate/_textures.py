@@ -142,9 +142,10 @@ def struvite_surface(rng: np.random.Generator, stone: Traits, x: Field, y: Field
 def struvite_section(rng: np.random.Generator, stone: Traits, x: Field, y: Field) -> Material:
     """Loose grains and smooth putty side by side, with holes."""
     grains = cells(rng, x, y, 6.5 * stone.grain, jitter=1.0)
-    where = (0.5 + 0.5 * np.tanh(2 * band_noise(rng, x.shape, 26 * stone.grain, 80))).astype(np.float32)
-    holes = np.clip(band_noise(rng, x.shape, 9 * stone.grain, 40) - 1.1, 0, 1)
-    grain = np.clip(0.7 - grains.near, 0, None) * (0.3 + grains.value) - 0.25
+    smooth: Field = np.tanh(2 * band_noise(rng, x.shape, 26 * stone.grain, 80))
+    where: Field = 0.5 + 0.5 * smooth
+    holes: Field = np.clip(band_noise(rng, x.shape, 9 * stone.grain, 40) - 1.1, 0, 1)
+    grain: Field = np.clip(0.7 - grains.near, 0, None) * (0.3 + grains.value) - 0.25
     return Material(
         height=stone.grain * (7 * grain * where - 6 * holes),
         albedo=1.9 * grain * where + 0.35 * where - holes,
@@ -182,10 +183,11 @@ def cystine_section(rng: np.random.Generator, stone: Traits, x: Field, y: Field)
     """Even wax with a faint grain and scattered flat crystals that glint."""
     grain = band_noise(rng, x.shape, 5 * stone.grain, 13 * stone.grain)
     plates = cells(rng, x, y, 15 * stone.grain, jitter=1.0)
-    glint = np.clip(1 - np.maximum(np.abs(plates.dx), np.abs(plates.dy)) / 0.2, 0, 1) * (plates.value > 0.55)
+    square = np.clip(1 - np.maximum(np.abs(plates.dx), np.abs(plates.dy)) / 0.2, 0, 1)
+    glint = square * (plates.value > 0.55).astype(np.float32)
     return Material(
-        height=0.55 * grain + 1.6 * np.minimum(glint, 0.4),
-        albedo=0.22 * grain + 0.7 * np.minimum(3 * glint, 1),
+        height=0.55 * grain + 1.6 * np.clip(glint, 0, 0.4),
+        albedo=0.22 * grain + 0.7 * np.clip(3 * glint, 0, 1),
         soft=1.0,
         gloss=1.8,
     )
