@@ -1,4 +1,10 @@
-"""Size and speed of models, measured so that two of them can be compared."""
+"""Size and speed of models, measured so that two of them can be compared.
+
+On a busy machine a long pass is interrupted far more often than a short one, so timing one pass of each
+flatters the small model, without bound. Every model is therefore timed for as long as the others, over as
+many passes as that takes, and the spread of the ratio between rounds tells whether the result can be relied
+on.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +22,19 @@ from torch import Tensor, nn
 
 from ..metrics import Interval
 
+_WINDOW = 0.02  # seconds that a model is timed for in each round, at least
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
     """Time of one forward pass, in milliseconds.
 
     Attributes:
-        median: Median over `runs`.
-        p10: 10th percentile.
-        p90: 90th percentile.
-        runs: Number of timed passes.
+        median: Median over the timed rounds; a round's value is the mean over its passes.
+        p10: 10th percentile over the rounds.
+        p90: 90th percentile over the rounds.
+        runs: Number of timed rounds.
+        passes: Passes in each round.
         device: Where it ran, for example "cpu" or "cuda:0 (NVIDIA H100)".
         threads: Torch's intra-op threads, which matter on a CPU.
     """
@@ -34,6 +43,7 @@ class Latency:
     p10: float
     p90: float
     runs: int
+    passes: int
     device: str
     threads: int
 
@@ -77,6 +87,11 @@ class Comparison:
     baseline: str
     latency_ratios: dict[str, tuple[float, float, float]]
 
+    def stable(self, name: str) -> bool:
+        """Whether the latency ratio can be quoted: its p10 and p90 differ by a factor below 1.5."""
+        _, low, high = self.latency_ratios[name]
+        return high < 1.5 * low
+
     def ratio(self, name: str, what: str) -> float | None:
         """Model / baseline of "parameters", "bytes", "disk", "flops" or "latency"; None when unknown."""
         if what == "latency":
@@ -103,7 +118,7 @@ class Comparison:
                 p.latency.p10,
                 p.latency.p90,
                 0.8,
-                f"median, p10 and p90 of {p.latency.runs} runs",
+                f"median, p10 and p90 of {p.latency.runs} rounds",
             )
             row["size ratio"] = self.ratio(name, "bytes")
             row["latency ratio"] = self.ratio(name, "latency")
@@ -141,8 +156,8 @@ def profile(
         example_inputs: A tensor `[B, ...]`, a tuple of positional or a mapping of keyword arguments of
             `forward`; moved to the model's device.
         name: What reports call it.
-        runs: Timed passes, at least 2.
-        warmup: Untimed passes before.
+        runs: Timed rounds, at least 2; each lasts about 20 ms, or one pass where that takes longer.
+        warmup: Untimed passes before, at least 1.
         flops: Count floating-point operations as well.
         disk: A file or folder whose size is recorded, for example the artefact.
 
@@ -181,8 +196,9 @@ def compare_profiles(
         models: Name → model, all on the device to measure.
         example_inputs: As in `profile`, the same for all.
         baseline: The model that ratios refer to.
-        runs: Rounds; each round times every model once, in an order that alternates.
-        warmup: Untimed rounds before.
+        runs: Rounds, at least 2. Each round times every model once, in an order that alternates, and each
+            for as long as the slowest takes for one pass, at least 20 ms.
+        warmup: Untimed passes of each before, at least 1; they also tell how many passes fill a round.
         flops: Count floating-point operations as well.
         disk: Name → file or folder whose size is recorded.
 
@@ -194,8 +210,8 @@ def compare_profiles(
     """
     if baseline not in models:
         raise ValueError(f"baseline is {baseline!r}; give one of {', '.join(map(repr, models))}")
-    if runs < 2 or warmup < 0:
-        raise ValueError(f"runs is {runs} and warmup is {warmup}; give runs ≥ 2 and warmup ≥ 0")
+    if runs < 2 or warmup < 1:
+        raise ValueError(f"runs is {runs} and warmup is {warmup}; give runs ≥ 2 and warmup ≥ 1")
     sizes = {name: _disk_bytes(path) for name, path in (disk or {}).items()}
     unknown = sorted(set(sizes) - set(models))
     if unknown:
@@ -210,12 +226,14 @@ def compare_profiles(
             stack.enter_context(_evaluating(model))
             calls[name] = (model, *_arguments(example_inputs, _device(model)))
         stack.enter_context(torch.inference_mode())
-        for round_ in range(warmup + runs):
+        first = {name: min(_timed(*call) for _ in range(warmup)) for name, call in calls.items()}
+        window = max(_WINDOW, *first.values())
+        passes = {name: max(1, round(window / seconds)) for name, seconds in first.items()}
+        for round_ in range(runs):
             order = list(models) if round_ % 2 == 0 else list(models)[::-1]
             for name in order:
-                seconds = _timed(*calls[name])
-                if round_ >= warmup:
-                    times[name].append(1000 * seconds)
+                total = sum(_timed(*calls[name]) for _ in range(passes[name]))
+                times[name].append(1000 * total / passes[name])
         if flops:
             operations = {name: _flops(*call) for name, call in calls.items()}
         batch = _batch(*calls[baseline][1:])
@@ -225,7 +243,7 @@ def compare_profiles(
             parameters=sum(p.numel() for p in model.parameters()),
             bytes=_memory(model),
             disk=sizes.get(name),
-            latency=_latency(times[name], _device(model)),
+            latency=_latency(times[name], passes[name], _device(model)),
             batch=batch,
             flops=operations[name],
         )
@@ -316,7 +334,7 @@ def _quantiles(values: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def _latency(milliseconds: list[float], device: torch.device) -> Latency:
+def _latency(milliseconds: list[float], passes: int, device: torch.device) -> Latency:
     median, p10, p90 = _quantiles(np.array(milliseconds))
     where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return Latency(median, p10, p90, len(milliseconds), where, torch.get_num_threads())
+    return Latency(median, p10, p90, len(milliseconds), passes, where, torch.get_num_threads())

@@ -314,6 +314,8 @@ def compression_headline(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Write the sentence and the facts of a headline: quality kept, size, latency.
 
+    Where the latency ratio varied too much to quote (`Comparison.stable`), its range stands instead.
+
     Args:
         metric: What the quality is called, for example "accuracy".
         student: The student's quality, ≥ 0.
@@ -346,15 +348,12 @@ def compression_headline(
     facts = [(percent, f"of the teacher’s {metric}")]
     if comparison is not None:
         size = comparison.ratio(student_name, "bytes")
-        speed = comparison.ratio(student_name, "latency")
-        parts = [
-            (_share(ratio), label)
-            for ratio, label in ((size, "of its size"), (speed, "of its latency"))
-            if ratio is not None
-        ]
-        if parts:
-            sentence += " at " + " and ".join(f"{text} {label}" for text, label in parts)
-            facts += parts
+        parts = [] if size is None else [(_share(size), "of its size")]
+        median, low, high = comparison.latency_ratios[student_name]
+        speed = _share(median) if comparison.stable(student_name) else f"{_share(low)} to {_share(high)}"
+        parts.append((speed, "of its latency"))
+        sentence += " at " + " and ".join(f"{text} {label}" for text, label in parts)
+        facts += parts
     return sentence + ".", facts
 
 
