@@ -35,6 +35,9 @@ from .features import hint_loss as hint_loss
 from .features import linear_cka as linear_cka
 from .features import mgd as mgd
 from .features import pkd as pkd
+from .fused import LinearHead as LinearHead
+from .fused import fused_linear_jsd as fused_linear_jsd
+from .fused import fused_linear_kl as fused_linear_kl
 from .logits import dist_loss as dist_loss
 from .logits import dkd as dkd
 from .logits import logit_mse as logit_mse

@@ -248,53 +248,73 @@ def _logsumexps(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     return torch.stack([torch.logsumexp(wide / t, -1) for t in temperatures], -1)
 
 
-class _GatherLogSoftmax(torch.autograd.Function):
-    """log q of k ids and of everything else, from logits [N, V], without a second N×V tensor in the
-    backward pass.
+def gather_log_softmax(u: Tensor, ids: Tensor, distinct: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-softmax of k entries and of all the others together.
 
-    apply(logits [N, V], ids [N, k], T, dtype, distinct) → log q_S [N, k], log q_tail [N]. The tail is
-    summed over the other entries themselves, not as 1 − Σ_S q, so it stays exact when S holds nearly all
-    the mass. With `distinct` False the ids may repeat and there is no tail (−inf). With g = ∂L/∂log q_S, h
-    = ∂L/∂log q_tail and u = z/T: ∂L/∂u_j = Σ_{i: id_i = j} g_i + [j ∉ S]·h·q_j/q_tail − q_j·(Σg + h).
+    The tail is summed over the other entries themselves, not as 1 − Σ_S q, so it stays exact when S holds
+    nearly all the mass.
+
+    Args:
+        u: [N, V] tempered logits.
+        ids: [N, k] the entries.
+        distinct: no id repeats within a row. False: there is no tail (−inf).
+
+    Returns:
+        log q_S [N, k], log q_tail [N], and for the gradient lse [N] and lse_tail [N]; without a graph.
     """
+    kept = u.gather(-1, ids)
+    if distinct:
+        lse_tail = torch.logsumexp(u.scatter(-1, ids, -INF), -1)
+        lse = torch.logaddexp(torch.logsumexp(kept, -1), lse_tail)
+    else:
+        lse = torch.logsumexp(u, -1)
+        lse_tail = torch.full_like(lse, -INF)
+    return kept - lse[:, None], lse_tail - lse, lse, lse_tail
+
+
+def gather_gradient(
+    u: Tensor, ids: Tensor, lse: Tensor, lse_tail: Tensor, by_kept: Tensor, by_tail: Tensor, distinct: bool
+) -> Tensor:
+    """Return ∂L/∂u [N, V] from g = ∂L/∂log q_S [N, k] and h = ∂L/∂log q_tail [N].
+
+    ∂L/∂u_j = Σ_{i: id_i = j} g_i + [j ∉ S]·h·q_j/q_tail − q_j·(Σg + h); a row without a tail has h = 0.
+    """
+    by_tail = by_tail.masked_fill(lse_tail == -INF, 0.0)
+    gradient = torch.exp(u - lse[:, None]) * -(by_kept.sum(-1) + by_tail)[:, None]
+    if distinct:
+        share = torch.exp(u.scatter(-1, ids, -INF) - lse_tail.masked_fill(lse_tail == -INF, 0.0)[:, None])
+        gradient = gradient + share * by_tail[:, None]
+    return gradient.scatter_add(-1, ids, by_kept)
+
+
+class _GatherLogSoftmax(torch.autograd.Function):
+    """`gather_log_softmax` of logits/T by blocks of rows; nothing of size N×V is kept for the backward
+    pass."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, distinct: bool
     ) -> tuple[Tensor, Tensor]:
         log_q = logits.new_empty(ids.shape, dtype=dtype)
-        lse = logits.new_empty(ids.shape[0], dtype=dtype)
-        lse_tail = torch.full_like(lse, -INF)
+        tail, lse, lse_tail = logits.new_empty(3, ids.shape[0], dtype=dtype)
         for block in row_blocks(logits):
             u = logits[block].to(dtype) / temperature
-            kept = u.gather(-1, ids[block])
-            if distinct:
-                lse_tail[block] = torch.logsumexp(u.scatter(-1, ids[block], -INF), -1)
-                lse[block] = torch.logaddexp(torch.logsumexp(kept, -1), lse_tail[block])
-            else:
-                lse[block] = torch.logsumexp(u, -1)
-            log_q[block] = kept - lse[block, None]
+            log_q[block], tail[block], lse[block], lse_tail[block] = gather_log_softmax(
+                u, ids[block], distinct
+            )
         ctx.save_for_backward(logits, ids, lse, lse_tail)
         ctx.temperature, ctx.distinct = temperature, distinct
-        return log_q, lse_tail - lse
+        return log_q, tail
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids, lse, lse_tail = ctx.saved_tensors
-        by_kept, by_tail = grads
-        by_tail = by_tail.masked_fill(lse_tail == -INF, 0.0)  # no tail: nothing to move
-        total = by_kept.sum(-1) + by_tail
+        logits, ids, *lses = ctx.saved_tensors
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for block in row_blocks(logits):
-            u = logits[block].to(lse.dtype) / ctx.temperature
-            gradient = torch.exp(u - lse[block, None]) * -total[block, None]
-            if ctx.distinct:
-                tail = lse_tail[block, None].masked_fill(lse_tail[block, None] == -INF, 0.0)
-                share = torch.exp((u.scatter(-1, ids[block], -INF) - tail).clamp_max(0.0))
-                gradient = gradient + share * by_tail[block, None]
-            gradient = gradient.scatter_add(-1, ids[block], by_kept[block])
-            result[block] = (gradient / ctx.temperature).to(result.dtype)
+            u = logits[block].to(lses[0].dtype) / ctx.temperature
+            parts = (x[block] for x in (ids, *lses, *grads))
+            result[block] = (gather_gradient(u, *parts, ctx.distinct) / ctx.temperature).to(result.dtype)
         return result, None, None, None, None
 
 
