@@ -181,8 +181,9 @@ def extract_folder(
     The images are read as by `read_collection`. The mask of `<images>/a/b.png` is `<masks>/a/b.png`, with any
     image ending, or `b_mask` for `b`. The patches go to `<out>/<view>/<class>/<name>_<top>_<left>.png`, their
     table to `<out>/manifest.csv`. Everything is read and checked before anything is written, and `out`
-    appears in one step when it is complete. Where stones are unknown the table has no stone column, only the `source` image of each patch; the
-    pattern `.+` makes each image a stone of its own, which at least keeps its patches together.
+    appears in one step when it is complete. Where stones are unknown the table has no stone column, only the
+    `source` image of each patch; the pattern `.+` makes each image a stone of its own, which at least keeps
+    its patches together.
 
     Args:
         images: folder or CSV table of fragment images.

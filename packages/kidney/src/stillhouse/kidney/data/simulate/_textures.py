@@ -183,8 +183,8 @@ def cystine_section(rng: np.random.Generator, stone: Traits, x: Field, y: Field)
     """Even wax with a faint grain and scattered flat crystals that glint."""
     grain = band_noise(rng, x.shape, 5 * stone.grain, 13 * stone.grain)
     plates = cells(rng, x, y, 15 * stone.grain, jitter=1.0)
-    square = np.clip(1 - np.maximum(np.abs(plates.dx), np.abs(plates.dy)) / 0.2, 0, 1)
-    glint = square * (plates.value > 0.55).astype(np.float32)
+    square: Field = np.clip(1 - np.maximum(np.abs(plates.dx), np.abs(plates.dy)) / 0.2, 0, 1)
+    glint: Field = np.where(plates.value > 0.55, square, np.float32(0))
     return Material(
         height=0.55 * grain + 1.6 * np.clip(glint, 0, 0.4),
         albedo=0.22 * grain + 0.7 * np.clip(3 * glint, 0, 1),
