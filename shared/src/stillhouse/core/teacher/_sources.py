@@ -15,7 +15,7 @@ from ._signals import DenseSignal, SparseTeacher, TeacherSignal, to_device
 if TYPE_CHECKING:
     from ..cache import TeacherCache
 
-Ids = Sequence[str | int] | Tensor
+Ids = Sequence[str | int | tuple[str | int, int]] | Tensor
 Reader = Callable[[Any], TeacherSignal]
 
 
