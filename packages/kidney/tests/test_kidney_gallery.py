@@ -59,7 +59,7 @@ def test_hierarchical_quantile_weighs_stones_alike() -> None:
 
 
 def test_false_unknown_rate_holds_on_new_stones() -> None:
-    """Over draws of the gallery, new stones of the known classes are called unknown at about the asked rate."""
+    """Over draws of the gallery, new stones of known classes are called unknown at about the asked rate."""
     rates = []
     for seed in range(25):
         gallery = make(stones=12, images=3, seed=seed, rate=0.1)

@@ -162,6 +162,7 @@ def describe(student: FinishedStudent) -> dict[str, Any]:
         "unknown_threshold": gallery.threshold,
         "unknown": gallery.calibration.statement,
         "crops": student.crops,
+        "zoom": student.zoom,
         "student": {"kind": student.artifact.kind, "digest": student.artifact.digest},
     }
 

@@ -150,7 +150,7 @@ def _inference(facts: dict[str, Any], size: int) -> dict[str, Any]:
         "'distance': float(d), 'probabilities': dict(zip(@classes, p.tolist()))}"
     )
     return {
-        "imports": ["$import glob", "$import json", "$import os", "$import torch"],
+        "imports": ["$import glob", "$import json", "$import os", "$import pathlib", "$import torch"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/predictions'",
@@ -203,10 +203,11 @@ def _inference(facts: dict[str, Any], size: int) -> dict[str, Any]:
             "zip(@files, (p for b in @outputs for p in b[0]), (d for b in @outputs for d in b[1]))]"
         ),
         "evaluator": "@predictions",
-        "initialize": ["$print(f'{len(@files)} images in {@dataset_dir}')"],
+        "initialize": ["$print(len(@files), 'images in', @dataset_dir)"],
         "run": [
             "$os.makedirs(@output_dir, exist_ok=True)",
-            "$open(@output_dir + '/predictions.json', 'w', encoding='utf-8').write(json.dumps(@predictions, "
+            "$pathlib.Path(@output_dir, 'predictions.json').write_text("
+            "json.dumps(@predictions, indent=1), encoding='utf-8')",
             "indent=1))",
         ],
     }
