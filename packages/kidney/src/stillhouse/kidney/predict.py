@@ -167,6 +167,8 @@ def embed(
     *,
     size: int,
     crops: int = 1,
+    zoom: float | None = None,
+    fuse_crops: bool = True,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -177,13 +179,18 @@ def embed(
         collection: N images.
         size: side of the network's input, pixels.
         crops: crops of each image whose embeddings are averaged and normalised again.
+        zoom: as in `PatchDataset`.
+        fuse_crops: False keeps the crops apart.
         batch_size: images at a time.
         progress: called as `progress(done, total)`.
 
     Returns:
-        [N, d] on the CPU, in the order of the collection.
+        [N, d] on the CPU, in the order of the collection; [N · crops, d], the crops of an image side by
+        side, with `fuse_crops=False`.
     """
-    dataset = PatchDataset(collection, collection.classes, size=size, crops=crops, cache_bytes=0)
+    dataset = PatchDataset(
+        collection, collection.classes, size=size, crops=crops, zoom=zoom, cache_bytes=0 if crops == 1 else 1 << 28
+    )
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     was_training = network.training
     network.eval()
@@ -192,14 +199,14 @@ def embed(
         with torch.inference_mode():
             for start in range(0, len(dataset), batch_size):
                 rows = range(start, min(start + batch_size, len(dataset)))
-                images = collate([dataset[row] for row in rows])["image"]
+                images = collate(dataset.__getitems__(rows))["image"]
                 parts.append(network(images.to(device)).float().cpu())
                 if progress is not None:
                     progress(min(rows[-1] + 1, len(dataset)) // crops, len(collection))
     finally:
         network.train(was_training)
     embeddings = torch.cat(parts).clone()
-    if crops > 1:
+    if crops > 1 and fuse_crops:
         embeddings = normalize(embeddings.view(len(collection), crops, -1).mean(dim=1), dim=1)
     return embeddings
 
@@ -239,7 +246,13 @@ def identify(
     gallery_used = gallery if fuse is None else _fused(gallery, fuse)
     size = network.config.image_size
     embeddings = embed(
-        network, collection, size=size, crops=student.crops, batch_size=batch_size, progress=progress
+        network,
+        collection,
+        size=size,
+        crops=student.crops,
+        zoom=student.zoom,
+        batch_size=batch_size,
+        progress=progress,
     )
     items = collection.items
     if fuse is None:

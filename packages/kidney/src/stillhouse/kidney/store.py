@@ -29,6 +29,8 @@ class FinishedStudent:
         network: the network, in evaluation mode.
         gallery: what it compares an image with.
         crops: crops of each image whose embeddings are averaged; 1 shrinks the whole image.
+        zoom: side that images are resized to before they are cropped, in units of the input's; None: see
+            `PatchDataset`.
         artifact: the folder it came from.
     """
 
@@ -36,6 +38,7 @@ class FinishedStudent:
     gallery: Gallery
     crops: int
     artifact: Artifact
+    zoom: float | None = None
 
 
 def save_student(
@@ -47,6 +50,7 @@ def save_student(
     metrics: Mapping[str, Any],
     card: str,
     crops: int = 1,
+    zoom: float | None = None,
     provenance: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes | Path] | None = None,
 ) -> Artifact:
@@ -60,6 +64,7 @@ def save_student(
         metrics: what was measured.
         card: Markdown for README.md.
         crops: crops of each image, as in `PatchDataset`; must be as in training.
+        zoom: likewise.
         provenance: data, teacher, licences.
         files: further files, name → bytes or path.
 
@@ -67,7 +72,7 @@ def save_student(
         The artefact, of the kind "kidney.student", with `student.json` and the two gallery files beside the
         weights.
     """
-    settings = {"network": asdict(network.config), "preprocessing": {"crops": crops}}
+    settings = {"network": asdict(network.config), "preprocessing": {"crops": crops, "zoom": zoom}}
     own: dict[str, bytes | Path] = {
         NETWORK: (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode(),
         **gallery_files(gallery),
@@ -104,6 +109,9 @@ def load_student(source: str | os.PathLike[str] | Artifact, *, device: str = "cp
         crops = settings["preprocessing"]["crops"]
         if type(crops) is not int or crops < 1:
             raise ValueError(f"crops is {crops!r}")
+        zoom = settings["preprocessing"].get("zoom")
+        if zoom is not None and not (isinstance(zoom, int | float) and zoom >= 1):
+            raise ValueError(f"zoom is {zoom!r}")
         network.load_state_dict(artifact.tensors())
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -114,7 +122,9 @@ def load_student(source: str | os.PathLike[str] | Artifact, *, device: str = "cp
             f"{artifact.folder}: the gallery has {gallery.embeddings.shape[1]} dimensions and the student "
             f"{network.config.dim}; they are not of one training"
         )
-    return FinishedStudent(network=network.to(device).eval(), gallery=gallery, crops=crops, artifact=artifact)
+    return FinishedStudent(
+        network=network.to(device).eval(), gallery=gallery, crops=crops, artifact=artifact, zoom=zoom
+    )
 
 
 def _find(folder: Path) -> Path:

@@ -155,7 +155,11 @@ def _add_class(
     if repeated:
         raise DataError(f"{repeated[0]}: is in the gallery already; leave it out or give it another name")
     embeddings = embed(
-        student.network, collection, size=student.network.config.image_size, crops=student.crops
+        student.network,
+        collection,
+        size=student.network.config.image_size,
+        crops=student.crops,
+        zoom=student.zoom,
     )
     side = 64 if gallery.thumbnails is None else gallery.thumbnails.shape[1]
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .images import standardise_channels
 from .items import UNLABELLED, Collection
+from .window import WindowAugment
 
 if TYPE_CHECKING:
     from .augment import Augment
@@ -36,6 +37,9 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         crops: 1 shrinks the whole image to `size` × `size` (cutting the longer side to a square, centred).
             k > 1 takes k crops of `size` × `size` at the image's own scale: spread evenly without a seed,
             at random with one. The length is then k × the number of images.
+        zoom: resize the image (cut to a square) to `zoom · size` first, at least 1, and take the crops from
+            that, also with `crops=1` (the middle without a seed, a random place with one). None: as said
+            under `crops`.
         cache_bytes: most memory, in bytes, that decoded images may take; further ones are decoded at each
             use.
 
@@ -70,14 +74,17 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         classes: Sequence[str],
         *,
         size: int,
-        augment: Augment | None = None,
+        augment: Augment | WindowAugment | None = None,
         crops: int = 1,
+        zoom: float | None = None,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         if size < 8:
             raise ValueError(f"size: {size} is too small; give at least 8 pixels")
         if crops < 1:
             raise ValueError(f"crops: {crops} must be at least 1")
+        if zoom is not None and zoom < 1:
+            raise ValueError(f"zoom: {zoom} must be at least 1, or None")
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes: {cache_bytes} must not be negative")
         if len(set(classes)) != len(classes):
@@ -87,6 +94,7 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.size = size
         self.augment = augment
         self.crops = crops
+        self.zoom = zoom
         self.cache_bytes = cache_bytes
         self._cache: dict[int, np.ndarray] = {}
         self._cached = 0
@@ -106,24 +114,53 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return index // self.crops
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        index, seed = key if isinstance(key, tuple) else (key, None)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        index %= len(self)
-        item, crop = divmod(index, self.crops)
-        pixels = self._prepared(item)
-        if self.crops > 1:
-            pixels = self._crop(pixels, item, crop, seed)
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(torch.float32) / 255
-        if self.augment is not None and seed is not None:
-            image = self.augment(image, seed)
-        return {
-            "image": standardise_channels(image, eps=1e-4),
-            "label": self.labels[item],
-            "index": item,
-            "group": self.groups[item],
-            "view": self.views[item],
-        }
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """Several samples at once, as a `DataLoader` asks for them: the augmentation then runs on the batch."""
+        pairs = [key if isinstance(key, tuple) else (key, None) for key in keys]
+        items, images = [], []
+        for index, seed in pairs:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is out of range for {len(self)} samples")
+            item, crop = divmod(index % len(self), self.crops)
+            pixels = self._prepared(item)
+            windowed = seed is not None and isinstance(self.augment, WindowAugment)
+            if pixels.shape[0] != self.size or pixels.shape[1] != self.size:
+                pixels = pixels if windowed else self._crop(pixels, item, crop, seed)
+            items.append(item)
+            images.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        return self._samples(items, images, [seed for _, seed in pairs])
+
+    def _samples(
+        self, items: Sequence[int], images: Sequence[Tensor], seeds: Sequence[int | None]
+    ) -> list[dict[str, Any]]:
+        """Augment images of one shape together, standardise, add the numbers."""
+        done: list[Tensor | None] = [None] * len(items)
+        shapes: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+        for row, (image, seed) in enumerate(zip(images, seeds, strict=True)):
+            changed = self.augment is not None and seed is not None
+            shapes.setdefault((changed, tuple(image.shape)), []).append(row)
+        for (changed, _), rows in shapes.items():
+            batch = torch.stack([images[row] for row in rows]).to(torch.float32) / 255
+            if changed and self.augment is not None:
+                drawn = [seed for seed in (seeds[row] for row in rows) if seed is not None]
+                if isinstance(self.augment, WindowAugment):
+                    batch = self.augment.batch(batch, drawn, size=self.size)
+                else:
+                    batch = self.augment.batch(batch, drawn)
+            for row, image in zip(rows, standardise_channels(batch, eps=1e-4), strict=True):
+                done[row] = image
+        return [
+            {
+                "image": image,
+                "label": self.labels[item],
+                "index": item,
+                "group": self.groups[item],
+                "view": self.views[item],
+            }
+            for item, image in zip(items, done, strict=True)
+        ]
 
     def _prepared(self, item: int) -> np.ndarray:
         """The decoded image, uint8 [H, W, 3], at the output size where the whole image is wanted."""
@@ -132,7 +169,9 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
             return found
         source = self.collection.items[item]
         pixels = source.load()
-        if self.crops == 1:
+        if self.zoom is not None:
+            pixels = resize_square(pixels, round(self.zoom * self.size))
+        elif self.crops == 1:
             pixels = resize_square(pixels, self.size)
         elif min(pixels.shape[:2]) < self.size:
             raise ValueError(
