@@ -1,7 +1,7 @@
 """Signals to arrays of rows and back.
 
-Every array has one row a stored unit (a token, or a sample), so that a lookup is a gather of rows. Logits
-become ``values`` relative to the row's maximum plus that maximum (``shift``, float32): float16 has its
+Every array has one row a stored unit (a token, or a sample), so that a lookup is a gather of rows. 16-bit
+logits become ``values`` relative to the row's maximum plus that maximum (``shift``, float32): float16 has its
 precision near zero, which is where the probability mass is. Token ids take two, three or four bytes.
 """
 
@@ -237,8 +237,11 @@ def _pack(spec: CacheSpec, parts: Mapping[str, Tensor]) -> Arrays:
                 raise ValueError(
                     "every row of logits needs a finite maximum: NaN, +inf and rows of −inf are refused"
                 )
-            arrays["values"] = _to(wide - shift.unsqueeze(-1), _DTYPES[spec.dtype])
-            arrays["shift"] = shift
+            if spec.dtype == "float32":
+                arrays["values"] = wide
+            else:
+                arrays["values"] = _to(wide - shift.unsqueeze(-1), _DTYPES[spec.dtype])
+                arrays["shift"] = shift
         elif name == "lse":
             if not bool(part.isfinite().all()):
                 raise ValueError("the logsumexp of a row is not finite")
@@ -266,4 +269,5 @@ def _to(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unshift(arrays: Arrays) -> Tensor:
-    return arrays["values"].float() + arrays["shift"].unsqueeze(-1)
+    values = arrays["values"].float()
+    return values + arrays["shift"].unsqueeze(-1) if "shift" in arrays else values

@@ -32,9 +32,9 @@ class CacheSpec:
         k: Kept tokens a row, for "topk".
         temperatures: Temperatures whose logsumexp is stored, for "topk". A "dense" cache serves every
             temperature.
-        dtype: Of the stored values. Logits are stored relative to their row's maximum, which is kept in
-            float32, so that float16 is exact where the mass is. "int8", with a float32 scale a row, for all
-            but logits.
+        dtype: Of the stored values. 16-bit logits are stored relative to their row's maximum, which is kept
+            in float32, so that float16 is exact where the mass is. "int8", with a float32 scale a row, for
+            all but logits.
         ragged: Samples have different numbers of rows (tokens).
         log_values: The teacher gives log-probabilities only. With k < V they fix the distribution at T = 1
             alone.
@@ -132,8 +132,8 @@ class CacheSpec:
             wanted["temperatures"] = [float(t) for t in wanted["temperatures"]]
         differences = [
             f"{name} is {mine[name]!r} in the cache and {wanted[name]!r} in this run"
-            for name in wanted
-            if mine[name] != wanted[name]
+            for name in mine
+            if name in wanted and mine[name] != wanted[name]
         ]
         if differences:
             raise DataError(f"{path}: the cache does not fit: {'; '.join(differences)}. Make another cache")
