@@ -112,7 +112,7 @@ def workers(session: nox.Session) -> list[str]:
 @nox.session(reuse_venv=True)
 def tests(session: nox.Session) -> None:
     """Run every package's tests and the cross-package tests in one environment."""
-    tools = ["pytest-xdist", "import-linter", "hatchling", "pyyaml"]
+    tools = ["pytest-xdist", "import-linter", "hatchling", "pot", "geomloss"]
     prepare(session, *editable("test,onnx"), *tools)
     one_thread(session)
     session.run("pytest", *workers(session), *session.posargs)

@@ -55,7 +55,7 @@ def test_the_python_code_of_a_document_runs(
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "__main__"}
     for number, body in enumerate(blocks(path, "python"), start=1):
-        exec(compile(body, f"{name_of(path)} block {number}", "exec"), scope)
+        exec(compile(body, f"{name_of(path)} block {number}", "exec", dont_inherit=True), scope)
 
 
 def commands() -> Iterator[tuple[Path, str]]:
