@@ -287,7 +287,7 @@ def interval_bars(
         if from_zero:
             axes.barh(at, middle, height=0.82 * step, alpha=0.85, linewidth=0, **look)
             axes.errorbar(
-                middle, at, xerr=reach.clip(min=0), fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.2
+                middle, at, xerr=reach.clip(min=0), fmt="none", color=INK, elinewidth=1.1, capsize=2.2
             )
         else:
             axes.errorbar(
