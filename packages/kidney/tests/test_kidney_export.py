@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def check_against_identify(student: FinishedStudent, stones: Collection, outputs
 def test_the_module_takes_plain_images_and_standardises_them(
     student: FinishedStudent, stones: Collection
 ) -> None:
-    module = ExportedStudent(student.network, student.gallery).eval()
+    module = ExportedStudent(student).eval()
     with torch.inference_mode():
         check_against_identify(student, stones, module(images_of(stones)))
         dataset = PatchDataset(stones, stones.classes, size=32)
@@ -71,6 +72,25 @@ def test_torch_export_runs_without_this_package(
     assert table["unknown_threshold"] == student.gallery.threshold
     assert table["student"]["digest"] == student.artifact.digest
     assert table["parity"] == result["parity"]
+
+
+def test_crops_are_inside(student: FinishedStudent, stones: Collection) -> None:
+    """A student that averages crops of a zoomed image exports to one that does so by itself."""
+    from stillhouse.kidney.data import resize_square
+
+    several = dataclasses.replace(student, crops=4, zoom=1.5)
+    module = ExportedStudent(several).eval()
+    assert module.side == 48
+    pixels = torch.stack([torch.from_numpy(resize_square(i.load(), 48).copy()) for i in stones.items[:4]])
+    with torch.inference_mode():
+        check_against_identify(several, stones, module(pixels.permute(0, 3, 1, 2).float() / 255))
+    one = dataclasses.replace(student, crops=1, zoom=1.5)
+    with torch.inference_mode():
+        check_against_identify(
+            one, stones, ExportedStudent(one).eval()(pixels.permute(0, 3, 1, 2).float() / 255)
+        )
+    with pytest.raises(ConfigError, match=r"train with data\.zoom"):
+        ExportedStudent(dataclasses.replace(student, crops=4))
 
 
 @pytest.mark.oracle
@@ -120,6 +140,13 @@ def test_monai_bundle_runs_on_files(student: FinishedStudent, image_folder: Path
         assert got["nearest_class"] == ours.nearest_class
         assert got["distance"] == pytest.approx(ours.distance, abs=1e-4)
         assert got["probabilities"] == pytest.approx(ours.probabilities, abs=1e-4)
+
+
+def test_monai_bundle_with_crops(student: FinishedStudent, image_folder: Path, tmp_path: Path) -> None:
+    result = export_student(dataclasses.replace(student, crops=2, zoom=2.0), "monai", tmp_path / "bundle")
+    meta = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
+    assert meta["network_data_format"]["inputs"]["image"]["spatial_shape"] == [64, 64]
+    assert all(row["embedding"] <= 1e-4 for row in result["parity"])
 
 
 def test_monai_bundle_keeps_its_convention(student: FinishedStudent, tmp_path: Path) -> None:

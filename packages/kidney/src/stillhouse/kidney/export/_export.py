@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -70,15 +71,14 @@ def export_student(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file; give a folder")
-    module = ExportedStudent(student.network.to("cpu").eval(), student.gallery).eval()
-    size = student.network.config.image_size
+    module = ExportedStudent(dataclasses.replace(student, network=student.network.to("cpu"))).eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         run = _WRITERS[format](module, student, work)
-        parity = check_parity(module, run, size=size, tolerance=tolerance, seed=seed)
+        parity = check_parity(module, run, size=module.side, tolerance=tolerance, seed=seed)
         result = {"format": format, "folder": str(target), "tolerance": tolerance, "parity": parity}
-        table = {**result, "folder": ".", **describe(student)}
+        table = {**result, "folder": ".", **describe(module, student)}
         (work / "export.json").write_text(
             json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -136,13 +136,13 @@ def check_parity(
     return rows
 
 
-def describe(student: FinishedStudent) -> dict[str, Any]:
+def describe(module: ExportedStudent, student: FinishedStudent) -> dict[str, Any]:
     """What a user of the export needs to know, as plain JSON types."""
     config, gallery = student.network.config, student.gallery
     return {
         "input": {
             "name": "images",
-            "shape": ["batch", 3, config.image_size, config.image_size],
+            "shape": ["batch", 3, module.side, module.side],
             "dtype": "float32",
             "range": [0, 1],
             "colour": "RGB",
@@ -177,16 +177,16 @@ def _place(work: Path, target: Path) -> None:
         os.replace(path, end)
 
 
-def export_program(module: ExportedStudent, size: int) -> torch.export.ExportedProgram:
+def export_program(module: ExportedStudent) -> torch.export.ExportedProgram:
     """torch.export with a free batch size."""
     batch = torch.export.Dim("batch", min=1, max=65_536)
-    example = torch.rand(2, 3, size, size)
+    example = torch.rand(2, 3, module.side, module.side)
     return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
 
 
 def _write_torch(module: ExportedStudent, student: FinishedStudent, work: Path) -> Run:
     path = work / "student.pt2"
-    torch.export.save(export_program(module, student.network.config.image_size), path)
+    torch.export.save(export_program(module), path)
     loaded = torch.export.load(path).module()
 
     def run(images: Tensor) -> Sequence[Tensor]:
@@ -207,7 +207,6 @@ def _write_onnx(module: ExportedStudent, student: FinishedStudent, work: Path) -
             f"'stillhouse-kidney[onnx]'"
         ) from error
     path = work / "student.onnx"
-    size = student.network.config.image_size
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)  # it says that torchvision's operators are missing, which nobody asked for
@@ -216,7 +215,7 @@ def _write_onnx(module: ExportedStudent, student: FinishedStudent, work: Path) -
         warnings.simplefilter("ignore", DeprecationWarning)
         program = torch.onnx.export(
             module,
-            (torch.rand(2, 3, size, size),),
+            (torch.rand(2, 3, module.side, module.side),),
             dynamo=True,
             input_names=["images"],
             output_names=list(OUTPUTS),

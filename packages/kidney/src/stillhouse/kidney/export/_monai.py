@@ -33,12 +33,13 @@ def write_bundle(module: ExportedStudent, student: FinishedStudent, work: Path) 
 
     for folder in ("configs", "models", "docs"):
         (work / folder).mkdir()
-    size = student.network.config.image_size
-    torch.export.save(export_program(module, size), work / "models" / "model.pt2")
+    size = module.side
+    torch.export.save(export_program(module), work / "models" / "model.pt2")
     torch.save(student.network.state_dict(), work / "models" / "model.pt")
-    facts = describe(student)
+    facts = describe(module, student)
     texts = {
-        "configs/metadata.json": json.dumps(_metadata(student, facts), indent=2, ensure_ascii=False) + "\n",
+        "configs/metadata.json": json.dumps(_metadata(student, facts, size), indent=2, ensure_ascii=False)
+        + "\n",
         "configs/inference.json": json.dumps(_inference(facts, size), indent=2, ensure_ascii=False) + "\n",
         "configs/logging.conf": _LOGGING,
         "docs/README.md": _readme(student, facts),
@@ -71,8 +72,8 @@ def _runner(work: Path) -> Any:
     return run
 
 
-def _metadata(student: FinishedStudent, facts: dict[str, Any]) -> dict[str, Any]:
-    size, classes = student.network.config.image_size, facts["classes"]
+def _metadata(student: FinishedStudent, facts: dict[str, Any], size: int) -> dict[str, Any]:
+    classes = facts["classes"]
     licences = [
         str(entry.get("licence", "unknown")) for entry in student.artifact.provenance.get("licences", [])
     ]
