@@ -10,7 +10,17 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Literal, get_args, get_origin
 
 from ..errors import ConfigError
-from ._convert import arms_of, convert, did_you_mean, fields_of, is_section, mapping_value, tuple_items, unbuilt, wrong
+from ._convert import (
+    arms_of,
+    convert,
+    did_you_mean,
+    fields_of,
+    is_section,
+    mapping_value,
+    tuple_items,
+    unbuilt,
+    wrong,
+)
 
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 _NONE = {"none", "null", ""}
