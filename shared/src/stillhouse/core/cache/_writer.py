@@ -48,7 +48,7 @@ class CacheWriter:
         if not self._lock.acquire():
             raise DataError(f"{path}: another process writes as rank {rank}; give each process its own rank")
         try:
-            self._stored = _NO_KEYS
+            self._stored, self._elsewhere = _NO_KEYS, _NO_KEYS
             self._shapes: Shapes | None = None
             self._shards: list[FileRecord] = []
             self._resume()
@@ -66,7 +66,7 @@ class CacheWriter:
         A resumed run computes the teacher for these alone.
         """
         keys = keys_of(ids)
-        stored = find(self._stored, keys) >= 0
+        stored = (find(self._stored, keys) >= 0) | (find(self._elsewhere, keys) >= 0)
         return [
             row
             for row, key in enumerate(map(tuple, keys.tolist()))
@@ -86,16 +86,17 @@ class CacheWriter:
 
         Raises:
             TypeError: A signal of another kind.
-            ValueError: An id that is stored already, or a signal that does not fit the specification.
+            ValueError: An id that this writer has stored already, or a signal that does not fit the
+                specification.
         """
         if not self._open:
             raise ValueError("the writer is closed")
         keys = keys_of(ids)
-        fresh = self.missing(ids)
         known = {tuple(key) for key in keys.tolist()}
-        if len(fresh) != len(keys) or len(known) != len(keys):
+        again = int((find(self._stored, keys) >= 0).sum()) + len(known & self._pending_keys)
+        if again or len(known) != len(keys):
             raise ValueError(
-                f"{len(keys) - len(fresh)} of the {len(keys)} ids are stored already, "
+                f"{again} of the {len(keys)} ids are stored already, "
                 f"{len(keys) - len(known)} occur twice in the batch; ask writer.missing(ids) first"
             )
         encoded = encode(self.spec, signal, mask)
@@ -189,13 +190,14 @@ class CacheWriter:
             for record in self._shards:
                 check_size(self.path / record.name, record)
         sweep(self.path, self.rank, self._shards)
-        everyone = list(self._shards)
+        elsewhere: list[FileRecord] = []
         for other in sorted(self.path.glob("writer-*.json")):
             if other != listed:
                 shards, shapes, _ = read_list(other, self.spec)
-                everyone += shards
+                elsewhere += shards
                 self._shapes = self._shapes or shapes
-        self._stored = _sorted(shard_keys(self.path, everyone))
+        self._stored = _sorted(shard_keys(self.path, self._shards))
+        self._elsewhere = _sorted(shard_keys(self.path, elsewhere))
         self._write_list(closed=False)
 
     def _write_list(self, *, closed: bool) -> None:
