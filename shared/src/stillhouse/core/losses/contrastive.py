@@ -61,7 +61,7 @@ def info_nce(
         TypeError: not floating point.
         ValueError: shapes that do not fit, or temperature ≤ 0.
 
-    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, eq. 4.
+    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
 
     Relations to sibling losses: log B − loss (plain form) is `mi_alpha` at α = 1 without leave-one-out, which
     the batch size caps at log B; `CRD` takes thousands of negatives from a memory instead.
@@ -134,8 +134,8 @@ def mi_alpha(
         ValueError: scores not square or too small, α outside [0, 1], or a baseline of another shape.
 
     Source: Poole et al., "On Variational Bounds of Mutual Information", ICML 2019, the interpolated bound;
-    used as an intermediate-layer KD objective by He et al., "Distiller", SustaiNLP 2021, whose training
-    details are not published.
+    used as an intermediate-layer KD objective (MI-α) by He et al., "Distiller", SustaiNLP 2021. The form here
+    follows the former; that it is the latter's to the letter is our reading.
 
     Relations to sibling losses: see `info_nce`.
 

@@ -64,7 +64,7 @@ def hint_loss(
         TypeError: not floating point, or the mask not boolean.
         ValueError: shapes differ, or the mask does not fit the leading dimensions.
 
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, without its factor ½ and
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, without its factor ½ and
     averaged, as reference implementations do. The paper trains it as a first stage; adding it to the other
     losses is common.
 
@@ -153,7 +153,7 @@ def pkd(
         TypeError: not floating point, or the mask not boolean.
         ValueError: shapes differ, or the mask does not fit.
 
-    Source: Sun et al., "Patient Knowledge Distillation for BERT Model Compression", EMNLP 2019, eq. 7,
+    Source: Sun et al., "Patient Knowledge Distillation for BERT Model Compression", EMNLP 2019,
     averaged over items instead of summed.
 
     Relations to sibling losses: exactly twice `cosine`.
@@ -305,7 +305,7 @@ def mgd(
         ValueError: not four dimensions, batch or spatial sizes differ, λ outside [0, 1), an unknown mask_dim,
             or the generator's output not shaped like the teacher.
 
-    Source: Yang et al., "Masked Generative Distillation", ECCV 2022, eq. 3–5.
+    Source: Yang et al., "Masked Generative Distillation", ECCV 2022.
 
     Relations to sibling losses: with λ = 0 and an identity generator it is `hint_loss` times Ct·H·W.
 

@@ -129,8 +129,8 @@ def sinkhorn_loss(
     Debiasing: Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences",
     AISTATS 2019.
 
-    Relations to sibling losses: at B = 1 it is ‖x − y‖₁ = 2·`tvd`; `uld_loss` transports within one
-    distribution, this one between the samples of a batch.
+    Relations to sibling losses: at B = 1 it is ‖x − y‖₁, twice the total variation; `uld_loss` transports
+    within one distribution, this one between the samples of a batch.
 
     Example:
         >>> student, teacher = torch.randn(8, 5), torch.randn(8, 5)
@@ -148,9 +148,7 @@ def sinkhorn_loss(
         raise ValueError(f"compat={compat!r} is unknown; allowed: None, 'reference'")
     if compat == "reference":
         if debias or not (isinstance(temperature, (int, float)) and temperature == 2.0):
-            raise ValueError(
-                "compat='reference' fixes temperature=2 and debias=False; leave both alone"
-            )
+            raise ValueError("compat='reference' fixes temperature=2 and debias=False; leave both alone")
         mass = "batch"
     student, teacher = upcast(student, teacher.detach())
     if mask is not None:  # what padding holds, NaN included, must not reach a sum

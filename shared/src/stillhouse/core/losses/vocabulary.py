@@ -242,8 +242,8 @@ def uld_loss(
     Source: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for
     LLMs", 2024.
 
-    Relations to sibling losses: never more than 2·`tvd` where vocabularies agree; then use `forward_kl` after
-    `VocabAlignment.align`.
+    Relations to sibling losses: never more than twice the total variation where vocabularies agree; then use
+    `forward_kl` after `VocabAlignment.align`.
 
     Example:
         >>> uld_loss(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([[3.0, 1.0, 0.0]])).item()
