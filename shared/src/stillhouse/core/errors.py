@@ -1,8 +1,8 @@
 """Errors that a command turns into one line and an exit code.
 
 Library code raises `ValueError`/`TypeError` for wrong arguments. The classes here are for what a *user* can
-mend: a file, a configuration, a missing library. Each message names the thing, what is wrong with it, and what
-to do.
+mend: a file, a configuration, a missing library. Each message names the thing, what is wrong with it, and
+what to do.
 """
 
 from __future__ import annotations
