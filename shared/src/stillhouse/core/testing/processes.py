@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def _collect(pipes: Sequence[Connection], end: float, timeout: float) -> list[An
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                good, value = pipes[rank].recv()
+                good, value = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if not good:
@@ -171,9 +172,12 @@ def _rank_main(
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        sender.send((True, getattr(module, name)(*args)))
+        answer = (True, getattr(module, name)(*args))
+        message = pickle.dumps(answer)  # by value: multiprocessing would share tensors, and this process ends
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        message = pickle.dumps((False, traceback.format_exc()))
+    try:
+        sender.send_bytes(message)
     finally:
         if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
             sys.modules["torch"].distributed.destroy_process_group()

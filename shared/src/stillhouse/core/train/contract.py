@@ -136,7 +136,8 @@ class Distiller(Protocol):
     def loss(self, role: str, batch: Any, step: Step) -> Losses:
         """Objective of one role on one micro-batch.
 
-        Parameters of the other roles need no gradient while this runs; gradients flow through them.
+        Gradients flow through the networks of the other roles and do not end there: their parameters need no
+        gradient while this runs (under fsdp2 such gradients are computed and dropped).
         """
         ...
 

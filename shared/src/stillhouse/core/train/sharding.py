@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(value: Any) -> bool:
@@ -42,3 +42,13 @@ def placed(value: Tensor, like: Any) -> Tensor:
 
     # every rank holds the full tensor and keeps its own part
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def exchange_gradients(network: nn.Module, enabled: bool) -> None:
+    """Whether the sharded parts of a network reduce their gradients over the ranks in a backward."""
+    for module in network.modules():
+        exchange: Any = getattr(
+            module, "set_requires_gradient_sync", None
+        )  # what fully_shard adds to a module
+        if exchange is not None:
+            exchange(enabled, recurse=False)

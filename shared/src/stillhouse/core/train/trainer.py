@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .roles import (
     warn_of_untrained,
 )
 from .seeding import rng_states, rng_untouched, seed_everything, set_rng_state
-from .sharding import gathered
+from .sharding import exchange_gradients, gathered
 
 _LOG = logging.getLogger(__name__)
 Evaluate = Callable[[Distiller, int], Mapping[str, float]]
@@ -233,16 +233,15 @@ class Trainer:
         for name, network in networks.items():
             own = {id(p) for p in network.parameters()}
             others = (p for other, net in networks.items() if other != name for p in net.parameters())
-            shared = {id(p): p for p in others if p.requires_grad and id(p) not in own}
-            self._roles[name].others = list(shared.values())
+            ended = {id(p): p for p in others if p.requires_grad and id(p) not in own}
+            # fsdp2 keeps the flag of the first forward; there, zero_grad drops what reaches the other roles
+            self._roles[name].others = [] if self.config.strategy == "fsdp2" else list(ended.values())
 
     # -- the loop --------------------------------------------------------------------------------------------
 
     def _one_step(self, distiller: Distiller) -> None:
         feed, device = self._feed, self._fabric.device
-        batches = []
-        for _ in range(self.config.accumulate):
-            batches.append((feed.next(), feed.epoch))
+        batches = [(feed.next(), feed.epoch) for _ in range(self.config.accumulate)]
         num_items = self._count(distiller, [batch for batch, _ in batches])
         for name in distiller.roles(self.step):
             role = self._roles[name]
@@ -279,10 +278,7 @@ class Trainer:
         # DDP and FSDP2 average over ranks: a sum over all items has to be scaled up again
         scale = 1 / step.accumulate if step.num_items is None else float(step.world_size)
         call = Call(batch, step)
-        last = step.micro + 1 == step.accumulate
-        with (
-            nullcontext() if step.accumulate == 1 else fabric.no_backward_sync(role.module, enabled=not last)
-        ):
+        with self._syncing(role, step):
             total = role.module(call)
             fabric.backward(total if scale == 1 else total * scale)
         losses = call.losses
@@ -292,6 +288,16 @@ class Trainer:
             value = value if scale == 1 else value * scale
             values[name] = values[name] + value if name in values else value
         return losses
+
+    def _syncing(self, role: Role, step: Step) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients on the last micro-batch only."""
+        last = step.micro + 1 == step.accumulate
+        if step.accumulate > 1 and self.config.strategy == "fsdp2":
+            # Fabric's context leaves it off: another role's backward would pile up what no zero_grad reaches
+            exchange_gradients(role.network, last)
+        elif step.accumulate > 1:
+            return self._fabric.no_backward_sync(role.module, enabled=not last)
+        return nullcontext()
 
     def _update(self, role: Role, values: dict[str, Tensor], losses: Losses) -> None:
         if self.config.clip_norm is not None:
