@@ -1,4 +1,4 @@
-"""Every patch lies inside the mask, no two overlap too much, and a folder of patches appears whole or never."""
+"""Patches lie inside the mask and do not overlap too much; a folder of them appears whole or never."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
     square = pixels[top : top + side, left : left + side]
     if side == size:
         return square
-    planes = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1)[None].to(torch.float32)
+    planes = torch.from_numpy(square.astype(np.float32)).permute(2, 0, 1)[None]
     shrunk = F.interpolate(planes, (size, size), mode="bilinear", align_corners=False, antialias=True)
     return shrunk[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
