@@ -7,7 +7,7 @@ import doctest
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,19 @@ def test_the_first_commands_of_the_readme_are_the_promised_ones() -> None:
     assert "nox -s tests" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def called(command: str, domains: Collection[str]) -> tuple[str, list[str]] | None:
+    """Return the domain and the arguments of a command that calls one, however it is started."""
+    words = shlex.split(command)
+    for position, word in enumerate(words):
+        if word in {f"stillhouse-{name}" for name in domains} and position == 0:
+            return word.removeprefix("stillhouse-"), words[1:]
+        if word == "-m" and words[position + 1].removeprefix("stillhouse.") in domains:
+            return words[position + 1].removeprefix("stillhouse."), words[position + 2 :]
+        if word == "stillhouse" and words[position + 1 :][:1] and words[position + 1] in domains:
+            return words[position + 1], words[position + 2 :]
+    return None
+
+
 def test_the_verbs_and_presets_that_documents_name_exist() -> None:
     import typer
 
@@ -108,25 +121,23 @@ def test_the_verbs_and_presets_that_documents_name_exist() -> None:
     from stillhouse.core.domain import discover
 
     domains = {name: installed.load() for name, installed in discover().items()}
-    verbs = {
-        name: set(typer.main.get_command(build_app(domain)).commands) for name, domain in domains.items()
-    }
+    seen = 0
     for path, command in commands():
-        words = shlex.split(command)
-        while words and "=" in words[0]:
-            words = words[1:]
-        if words[:1] == ["stillhouse"] and len(words) > 1 and words[1] in domains:
-            name, rest = words[1], words[2:]
-        elif words and words[0].startswith("stillhouse-") and words[0].removeprefix("stillhouse-") in domains:
-            name, rest = words[0].removeprefix("stillhouse-"), words[1:]
-        else:
+        call = called(command, domains)
+        if call is None:
             continue
+        name, rest = call
+        seen += 1
+        place = f"{name_of(path)}: {command}"
+        verbs = typer.main.get_command(build_app(domains[name])).commands  # type: ignore[attr-defined]
         if rest and not rest[0].startswith("-"):
-            assert rest[0] in verbs[name], f"{name_of(path)}: {command}: no verb {rest[0]}"
-        if "--config" in rest:
-            preset = rest[rest.index("--config") + 1]
+            assert rest[0] in verbs, f"{place}: no verb {rest[0]}"
+        wanted = [rest[rest.index("--config") + 1]] if "--config" in rest else []
+        wanted += rest[2:3] if rest[:2] == ["configs", "show"] else []
+        for preset in wanted:
             known = list_presets(domains[name].configs)
-            assert preset in known or preset.endswith((".py", ".json", ".yaml")), f"{command}: no such preset"
+            assert preset in known or preset.endswith((".py", ".json", ".yaml")), f"{place}: no such preset"
+    assert seen > 0
 
 
 def test_local_links_of_documents_lead_somewhere() -> None:
