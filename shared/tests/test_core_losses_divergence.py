@@ -559,10 +559,12 @@ def test_torchdistill_kd_loss():
     mid_level = pytest.importorskip("torchdistill.losses.mid_level")
     student, teacher = pair(6, 10, dtype=torch.float32)
     io = [{"path": {"output": x}} for x in (student, teacher)]
-    raw = mid_level.KDLoss("path", "path", temperature=4.0, alpha=None)(*io, targets=None)
+    raw = mid_level.KDLoss("path", "output", "path", "output", temperature=4.0, alpha=0)(*io, targets=None)
     torch.testing.assert_close(forward_kl(student, teacher, temperature=4.0, scale_t2=False), raw)
     targets = torch.arange(6)
-    scaled = mid_level.KDLoss("path", "path", temperature=4.0, alpha=0.4)(*io, targets=targets)
+    scaled = mid_level.KDLoss("path", "output", "path", "output", temperature=4.0, alpha=0.4)(
+        *io, targets=targets
+    )
     ours = 0.4 * F.cross_entropy(student, targets) + 0.6 * forward_kl(student, teacher, temperature=4.0)
     torch.testing.assert_close(ours, scaled)
     assert float(forward_kl(student, teacher, temperature=4.0) / raw) == pytest.approx(16.0, rel=1e-5)
