@@ -149,7 +149,7 @@ def add_classes(report: Report, results: KidneyResults) -> None:
     section = report.section(
         "Classes", "Where the models err. Rows are true classes; shade and percentage are shares of a row."
     )
-    shown = [results.student, *results.by_role("teacher")]
+    shown = [model for model in results.models if model.role != "baseline"]
     figures: list[tuple[Figure, str, str]] = []
     for model in shown:
         table = model.scores["confusion"]
@@ -211,7 +211,7 @@ def add_confidence(report: Report, results: KidneyResults) -> None:
     """Reliability diagram and calibration scores."""
     from stillhouse.core.report.figures import reliability_diagram
 
-    shown = [m for m in (results.student, *results.by_role("teacher")) if m.scores.get("calibration")]
+    shown = [m for m in results.models if m.role != "baseline" and m.scores.get("calibration")]
     if not shown:
         return
     section = report.section(
