@@ -230,5 +230,4 @@ def test_a_patch_level_split_of_overlapping_crops_scores_above_a_group_level_spl
             shared = set(parts["train"].stones) & set(parts["test"].stones)
             assert bool(shared) == (by == "patch")
     gaps = np.array(scores["patch"]) - np.array(scores["stone"])
-    print("patch", scores["patch"], "stone", scores["stone"])
     assert gaps.min() > 0.02

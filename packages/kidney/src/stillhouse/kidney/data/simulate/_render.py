@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ._noise import Field, band_noise
-from ._textures import Texture, Traits
+from ._textures import Texture, Traits, tint
 
 
 def frame(rng: np.random.Generator, size: int) -> tuple[Field, Field]:
@@ -108,7 +108,7 @@ def _optics(rng: np.random.Generator, scene: NDArray[np.float32]) -> NDArray[np.
     x, y = np.meshgrid(grid, grid)
     off = rng.uniform(-0.3, 0.3, 2)
     falloff = 1 / (1 + rng.uniform(0.25, 0.7) * ((x - off[0]) ** 2 + (y - off[1]) ** 2))
-    cast = np.exp(np.array([0.05, 0.05, 0.10]) * rng.standard_normal(3)).astype(np.float32)
+    cast = tint(rng, 0.05).astype(np.float32)
     scene = scene * falloff[..., None] * cast
     blur = rng.uniform(0.3, 1.0)
     scene = ndimage.gaussian_filter(scene, (blur, blur, 0))

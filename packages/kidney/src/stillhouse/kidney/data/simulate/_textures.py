@@ -220,12 +220,18 @@ COLOURS: Mapping[str, tuple[float, float, float]] = {
 """Typical colour of each stone type, RGB in [0, 1]; a stone's own colour strays far from it."""
 
 
+def tint(rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Random factors for red, green and blue, float64 [3]: from a little cold to warm, hardly ever green."""
+    warm, green, _ = strength * rng.standard_normal(3).clip(-0.8, 2)
+    return np.exp(warm * np.array([1.0, 0.0, -1.8]) + green * np.array([-0.12, 0.24, -0.12]))
+
+
 def draw_traits(rng: np.random.Generator, label: str, colour: float) -> Traits:
     """Draw a stone; `colour` in [0, 1] is how far its colour follows the type's."""
     kinds = np.array(list(COLOURS.values()))
     anyone = kinds[rng.integers(len(kinds))] * rng.uniform(0.75, 1.2)
     base = colour * np.array(COLOURS[label]) + (1 - colour) * anyone
-    base = base * np.exp(np.array([0.04, 0.05, 0.10]) * rng.standard_normal(3))
+    base = base * tint(rng, 0.07)
     light = np.clip(base * rng.uniform(1.15, 1.4), 0, 1)
     dark = np.clip(base * rng.uniform(0.4, 0.65) * np.array([1.0, 0.92, 0.85]), 0, 1)
     return Traits(
