@@ -302,6 +302,13 @@ def test_mask_is_row_removal_and_empty_mask():
     assert (student.grad == 0).all()
 
 
+def test_second_derivative_is_refused():
+    student, teacher = pair(2, 5)
+    loss = topk_kl(student.requires_grad_(), SparseTeacher.from_logits(teacher, k=3))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
 def test_t2_switch():
     student, teacher = pair(5, 9)
     sparse = SparseTeacher.from_logits(teacher, k=3, temperatures=(4.0,))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._closed_form import block_of, row_blocks, tempered_log_softmax
+from ._closed_form import block_of, refuse_second_derivative, row_blocks, tempered_log_softmax
 from ._forms import Form
 from ._reduction import check_floating, compute_dtype
 from .topk import SparseTeacher, Tail, gather_gradient, gather_log_softmax, sparse_divergence
@@ -160,8 +160,8 @@ class FusedLinear(torch.autograd.Function):
         return total.to(dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if g is None else (g * grads[0]).to(d) for g, d in saved), None
 

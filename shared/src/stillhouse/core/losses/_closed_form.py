@@ -51,6 +51,15 @@ def block_of(temperature: float | Tensor, block: slice) -> float | Tensor:
     return temperature[block] if isinstance(temperature, Tensor) else temperature
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass with create_graph=True: a missing term must not pass for a zero one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss has no second derivative (create_graph=True): its gradient is not kept as a function; "
+            "use forward_kl, reverse_kl or generalized_jsd on logits"
+        )
+
+
 class _ClosedForm(torch.autograd.Function):
     """Values of a divergence per row, with its closed-form gradient in the student's logits."""
 

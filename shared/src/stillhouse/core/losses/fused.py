@@ -217,6 +217,8 @@ def _fused(
     chunk_bytes: int,
     chunk_rows: int | None,
 ) -> Tensor:
+    if not isinstance(student, LinearHead):
+        raise TypeError(f"student must be a LinearHead, got {type(student).__name__}")
     shape = student.hidden.shape[:-1]
     size = _check(student, teacher, shape, vocab, weights, temperature)
     check_reduction(reduction, num_items)
@@ -245,6 +247,9 @@ def _fused(
     if scale_t2:
         factor = factor * (t.to(dtype).squeeze(-1) ** 2 if isinstance(t, Tensor) else t * t)
     factor = factor / _divisor(reduction, num_items, count, shape, factor)
+    for name, value in (("chunk_rows", chunk_rows), ("chunk_bytes", chunk_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     if chunk_rows is None:
         chunk_rows = max(1, chunk_bytes // (2 * size * dtype.itemsize))
     plan = Plan(

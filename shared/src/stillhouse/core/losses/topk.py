@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ._closed_form import row_blocks
+from ._closed_form import refuse_second_derivative, row_blocks
 from ._forms import INF, expect, safe_logsumexp
 from ._reduction import (
     Reduction,
@@ -307,14 +307,15 @@ class _GatherLogSoftmax(torch.autograd.Function):
         return log_q, tail
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         logits, ids, *lses = ctx.saved_tensors
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for block in row_blocks(logits):
             u = logits[block].to(lses[0].dtype) / ctx.temperature
-            parts = (x[block] for x in (ids, *lses, *grads))
-            result[block] = (gather_gradient(u, *parts, ctx.distinct) / ctx.temperature).to(result.dtype)
+            lse, lse_tail, by_kept, by_tail = (x[block] for x in (*lses, *grads))
+            gradient = gather_gradient(u, ids[block], lse, lse_tail, by_kept, by_tail, ctx.distinct)
+            result[block] = (gradient / ctx.temperature).to(result.dtype)
         return result, None, None, None, None
 
 
