@@ -176,6 +176,29 @@ def test_topk_mass_is_exact_at_every_stored_temperature(tmp_path: Path, dtype: s
         signal.log_probs(3.0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_tiny_tail_survives_rounding(tmp_path: Path, dtype: str):
+    logits = normal(0, 200, 1000)
+    logits[:, :10] += torch.linspace(9, 14, 200)[:, None]
+    p = torch.softmax(logits.double(), -1)
+    tails = 1 - p.topk(10).values.sum(-1)
+    assert tails.max() > 0.01
+    assert tails.min() < 2e-4
+    made = spec("topk", vocab=1000, k=10, temperatures=(1.0, 0.5), dtype=dtype)
+    signal = store(tmp_path, made, DenseSignal(logits + 30), 200).lookup(list(range(200))).signal
+    assert isinstance(signal, SparseTeacher)
+    log_p, log_tail = signal.log_probs(1.0)
+    torch.testing.assert_close(log_tail.double(), tails.log(), rtol=0, atol=0.01)
+    torch.testing.assert_close(log_p.exp().sum(-1) + log_tail.exp(), torch.ones(200))
+    log_p, _ = signal.log_probs(0.5)
+    exact = torch.log_softmax(logits.double() / 0.5, -1).gather(-1, signal.ids)
+    torch.testing.assert_close(log_p.double(), exact, rtol=0, atol=0.1 if dtype == "bfloat16" else 0.01)
+    # plain rounding beside the exact logsumexp leaves tails of the wrong sign
+    rounded = (logits + 30).topk(10).values.half().double()
+    mass = (rounded - torch.logsumexp(logits.double() + 30, -1, keepdim=True)).exp().sum(-1)
+    assert (mass > 1).any()
+
+
 def test_topk_accepts_sparse_and_dense_signals_alike(tmp_path: Path):
     logits = normal(0, 20, 300)
     one = spec("topk", vocab=300, k=5, temperatures=(1.0, 2.0))
@@ -187,6 +210,7 @@ def test_topk_accepts_sparse_and_dense_signals_alike(tmp_path: Path):
     assert torch.equal(a.logits, b.logits)
     assert torch.equal(a.ids, b.ids)
     torch.testing.assert_close(a.lse, b.lse)
+    assert torch.all(a.logits[:, 0] == 0)  # relative to the row's maximum
 
 
 def test_loss_from_the_cache_is_the_loss_from_the_teacher(tmp_path: Path):
@@ -209,7 +233,7 @@ def test_a_kept_token_takes_less_than_six_bytes(tmp_path: Path):
     for vocab, width in ((50_000, 2), (152_064, 3)):
         folder = tmp_path / str(vocab)
         cache = store(folder, spec("topk", vocab=vocab, k=64), DenseSignal(normal(0, 100, vocab)), 100)
-        a_row = (2 + width) * 64 + 4 + 4  # value and id a token; shift and one logsumexp a row
+        a_row = (2 + width) * 64 + 4  # value and id a token, one logsumexp a row
         per_row = sum(record.bytes for record in cache.shards) / 100
         assert a_row < per_row < a_row + 40  # 24 bytes of key and offset a sample, and the header
         assert per_row / 64 < 6
@@ -224,7 +248,9 @@ def test_log_probabilities_serve_one_temperature_unless_complete(tmp_path: Path)
     signal = part.lookup(list(range(10))).signal
     assert isinstance(signal, SparseTeacher)
     expected = torch.log_softmax(logits, -1).topk(3, -1).values
-    torch.testing.assert_close(signal.log_probs(1.0)[0], expected, atol=2e-3, rtol=0)
+    mine, tail = signal.log_probs(1.0)
+    torch.testing.assert_close(mine, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(tail.exp(), 1 - expected.exp().sum(-1), atol=1e-6, rtol=0)  # the mass is kept
     with pytest.raises(ValueError, match="T=1 only"):
         topk_kl(normal(1, 10, 6), signal, temperature=2.0)
     whole = store(

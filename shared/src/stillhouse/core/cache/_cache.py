@@ -201,9 +201,14 @@ class TeacherCache:
                 "shapes": {name: list(shape) for name, shape in shapes.items()},
             },
         )
-        for old in folder.glob("index-*.safetensors"):
-            if old.name != index.name:
-                old.unlink(missing_ok=True)
+        for pattern in (
+            "index-*.safetensors",
+            ".index-*.tmp",
+            f".{MANIFEST}.*.tmp",
+        ):  # older, or of a killed merge
+            for old in folder.glob(pattern):
+                if old.name != index.name:
+                    old.unlink(missing_ok=True)
         return cls.open(folder)
 
     def lookup(self, ids: Sequence[SampleId] | Tensor, *, layout: Layout = "padded") -> Lookup:

@@ -1,8 +1,9 @@
 """Signals to arrays of rows and back.
 
-Every array has one row a stored unit (a token, or a sample), so that a lookup is a gather of rows. 16-bit
-logits become ``values`` relative to the row's maximum plus that maximum (``shift``, float32): float16 has its
-precision near zero, which is where the probability mass is. Token ids take two, three or four bytes.
+Every array has one row a stored unit (a token, or a sample), so that a lookup is a gather of rows. Logits are
+stored relative to their row's maximum: float16 has its precision near zero, which is where the probability
+mass is. Dense ones get the maximum back (``shift``, float32); top-k ones stay relative, as do their
+logsumexps, which is the same distribution at every temperature. Token ids take two, three or four bytes.
 """
 
 from __future__ import annotations
@@ -83,8 +84,7 @@ def encode(spec: CacheSpec, signal: TeacherSignal, mask: Tensor | None) -> Encod
 def decode(spec: CacheSpec, arrays: Arrays) -> Arrays:
     """Turns gathered rows into the tensors of a signal: field → [rows, ...] in float32, ids in int64."""
     if spec.kind == "topk":
-        values = _unshift(arrays)
-        result = {"ids": unpack_ids(arrays["ids"], spec.id_bytes), "logits": values}
+        result = {"ids": unpack_ids(arrays["ids"], spec.id_bytes), "logits": _unshift(arrays)}
         if "lse" in arrays:
             result["lse"] = arrays["lse"]
         return result
@@ -203,7 +203,15 @@ def _split_topk(spec: CacheSpec, signal: TeacherSignal) -> tuple[Arrays, Shapes]
             return {"ids": ids.cpu(), "logits": values.cpu()}, {}
         logits = signal.logits.detach()
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        signal = SparseTeacher.from_logits(wide, k=spec.k or 1, temperatures=spec.temperatures)
+        relative = wide - wide.amax(-1, keepdim=True)  # NaN where the maximum is not finite; refused below
+        values, ids = wide.topk(spec.k or 1, dim=-1)
+        signal = SparseTeacher(
+            ids=ids,
+            logits=values - values[..., :1],
+            lse=torch.stack([torch.logsumexp(relative / t, -1) for t in spec.temperatures], -1),
+            temperatures=spec.temperatures,
+            vocab=spec.vocab or 0,
+        )
     if not isinstance(signal, SparseTeacher):
         raise TypeError(f"a 'topk' cache takes SparseTeacher or DenseSignal, got {type(signal).__name__}")
     for name, mine, theirs in (
@@ -226,39 +234,69 @@ def _split_topk(spec: CacheSpec, signal: TeacherSignal) -> tuple[Arrays, Shapes]
 
 
 def _pack(spec: CacheSpec, parts: Mapping[str, Tensor]) -> Arrays:
-    arrays: Arrays = {}
-    for name, part in parts.items():
-        if name == "ids" and spec.kind == "topk":
-            arrays["ids"] = pack_ids(part, spec.id_bytes)
-        elif spec.kind in ("dense", "topk") and name == "logits":
-            wide = part.float()
-            shift = wide.amax(-1)
-            if not bool(shift.isfinite().all()):
-                raise ValueError(
-                    "every row of logits needs a finite maximum: NaN, +inf and rows of −inf are refused"
-                )
-            if spec.dtype == "float32":
-                arrays["values"] = wide
-            else:
-                arrays["values"] = _to(wide - shift.unsqueeze(-1), _DTYPES[spec.dtype])
-                arrays["shift"] = shift
-        elif name == "lse":
-            if not bool(part.isfinite().all()):
-                raise ValueError("the logsumexp of a row is not finite")
-            arrays["lse"] = part.float()
-        else:
-            wide = part.float()
-            if not bool(wide.isfinite().all() if not spec.log_values else ~wide.isnan().any()):
-                raise ValueError(f"{name} holds NaN or infinite values")
-            if spec.dtype == "int8":
-                scale = wide.abs().amax(-1) / 127.0
-                arrays[name] = torch.round(wide / scale.clamp_min(1e-38).unsqueeze(-1)).to(torch.int8)
-                arrays[f"scale.{name}"] = scale
-            else:
-                arrays[name] = wide.to(_DTYPES[spec.dtype])
-                if spec.dtype == "float16" and bool(arrays[name].isinf().logical_xor(wide.isinf()).any()):
-                    raise ValueError(f"{name} exceeds the range of float16; use bfloat16, float32 or int8")
+    if spec.kind == "topk":
+        arrays = _pack_topk(spec, parts)
+    elif spec.kind == "dense":
+        arrays = _pack_dense(spec, parts["logits"].float())
+    else:
+        arrays = {}
+        for name, part in parts.items():
+            arrays |= _pack_values(spec, name, part.float())
     return {name: array.contiguous() for name, array in arrays.items()}
+
+
+def _pack_dense(spec: CacheSpec, logits: Tensor) -> Arrays:
+    shift = _row_maximum(logits)
+    if spec.dtype == "float32":
+        return {"values": logits}
+    return {"values": _to(logits - shift.unsqueeze(-1), _DTYPES[spec.dtype]), "shift": shift}
+
+
+def _pack_topk(spec: CacheSpec, parts: Mapping[str, Tensor]) -> Arrays:
+    """Kept logits relative to their maximum, and logsumexps that belong to the *rounded* ones.
+
+    Rounding moves the kept mass by some 1e-4, and a tail computed as what is missing to 1 would drown in
+    that. The stored logsumexp is therefore that of the rounded kept logits and the true tail.
+    """
+    ids, exact = pack_ids(parts["ids"], spec.id_bytes), parts["logits"].double()
+    shift = _row_maximum(exact)
+    relative = exact - shift.unsqueeze(-1)
+    values = _to(relative.float(), _DTYPES[spec.dtype])
+    rounded = values.double()
+    if spec.log_values:  # no logsumexp: the maximum takes up what rounding did to the mass
+        lost = torch.logsumexp(relative, -1) - torch.logsumexp(rounded, -1)
+        return {"ids": ids, "values": values, "shift": (shift + lost).float()}
+    lse = parts["lse"].double()
+    if not bool(lse.isfinite().all()):
+        raise ValueError("the logsumexp of a row is not finite")
+    temperatures = torch.tensor(spec.temperatures, dtype=torch.float64)
+    lse = lse - shift.unsqueeze(-1) / temperatures
+    exact_mass = torch.logsumexp(relative.unsqueeze(-2) / temperatures.unsqueeze(-1), -1)
+    stored_mass = torch.logsumexp(rounded.unsqueeze(-2) / temperatures.unsqueeze(-1), -1)
+    if spec.k == spec.vocab:
+        return {"ids": ids, "values": values, "lse": stored_mass.float()}
+    tail = lse + torch.log(-torch.expm1((exact_mass - lse).clamp_max(0.0)))
+    return {"ids": ids, "values": values, "lse": torch.logaddexp(stored_mass, tail).float()}
+
+
+def _pack_values(spec: CacheSpec, name: str, values: Tensor) -> Arrays:
+    if not bool(values.isfinite().all() if not spec.log_values else ~values.isnan().any()):
+        raise ValueError(f"{name} holds NaN or infinite values")
+    if spec.dtype == "int8":
+        scale = values.abs().amax(-1) / 127.0
+        steps = torch.round(values / scale.clamp_min(1e-38).unsqueeze(-1))
+        return {name: steps.to(torch.int8), f"scale.{name}": scale}
+    stored = values.to(_DTYPES[spec.dtype])
+    if spec.dtype == "float16" and bool(stored.isinf().logical_xor(values.isinf()).any()):
+        raise ValueError(f"{name} exceeds the range of float16; use bfloat16, float32 or int8")
+    return {name: stored}
+
+
+def _row_maximum(logits: Tensor) -> Tensor:
+    maximum = logits.amax(-1)
+    if not bool(maximum.isfinite().all()):
+        raise ValueError("every row of logits needs a finite maximum: NaN, +inf and rows of −inf are refused")
+    return maximum
 
 
 def _to(wide: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,9 +32,9 @@ class CacheSpec:
         k: Kept tokens a row, for "topk".
         temperatures: Temperatures whose logsumexp is stored, for "topk". A "dense" cache serves every
             temperature.
-        dtype: Of the stored values. 16-bit logits are stored relative to their row's maximum, which is kept
-            in float32, so that float16 is exact where the mass is. "int8", with a float32 scale a row, for
-            all but logits.
+        dtype: Of the stored values. Logits are stored relative to their row's maximum, so that float16 is
+            precise where the mass is; dense ones get the maximum back, top-k ones come back relative to it.
+            "int8", with a float32 scale a row, for all but logits.
         ragged: Samples have different numbers of rows (tokens).
         log_values: The teacher gives log-probabilities only. With k < V they fix the distribution at T = 1
             alone.
