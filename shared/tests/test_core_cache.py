@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stillhouse.core.cache import CacheSpec, TeacherCache, fill, settings_hash, vocabulary_hash
 from stillhouse.core.cache._codec import pack_ids, unpack_ids
-from stillhouse.core.cache._ids import find, keys_of, order_of
+from stillhouse.core.cache._ids import KeyTable, keys_of
 from stillhouse.core.errors import DataError
 from stillhouse.core.losses import forward_kl
 from stillhouse.core.losses.topk import topk_kl
@@ -80,13 +80,14 @@ def test_kinds_of_ids_do_not_meet():
 def test_find_survives_colliding_first_words():
     rng = np.random.default_rng(0)
     keys = np.stack([rng.integers(0, 5, 300), rng.permutation(300)], axis=1).astype(np.uint64)
-    ordered = keys[order_of(keys)]
+    table = KeyTable.of(keys)
+    ordered = np.stack([table.first, table.second], axis=1)
     shuffled = keys[rng.permutation(300)]
-    position = find(ordered, shuffled)
+    position = table.find(shuffled)
     assert np.array_equal(ordered[position], shuffled)
     absent = np.array([[0, 1000], [9, 0], [2, 999]], np.uint64)
-    assert find(ordered, absent).tolist() == [-1, -1, -1]
-    assert find(ordered[:0], absent).tolist() == [-1, -1, -1]
+    assert table.find(absent).tolist() == [-1, -1, -1]
+    assert KeyTable.of(keys[:0]).find(absent).tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ._files import (
     write_json,
 )
 from ._files import write_tensors as _write_tensors
-from ._ids import Keys, SampleId, find, keys_of, order_of
+from ._ids import KeyTable, SampleId, keys_of, order_of
 from ._spec import CacheSpec
 from ._writer import CacheWriter, begin, read_list, shard_keys
 
@@ -85,7 +85,8 @@ class TeacherCache:
             check_size(path / record.name, record)
         self.index = index
         tables = map_tensors(path, index)
-        self._keys: Keys = tables["keys"].numpy().view(np.uint64)
+        words = (tables[name].numpy().view(np.uint64) for name in ("first", "second"))
+        self._keys = KeyTable(*words)
         self._shard_of: NDArray[np.int32] = tables["shard"].numpy()
         self._sample_of: NDArray[np.int64] = tables["sample"].numpy()
         self._mapped: dict[int, dict[str, Tensor]] = {}
@@ -179,7 +180,8 @@ class TeacherCache:
         index = _write_tensors(
             folder / f"index-{digest[:16]}.safetensors",
             {
-                "keys": torch.from_numpy(ordered.view(np.int64).copy()),
+                "first": torch.from_numpy(ordered[:, 0].copy().view(np.int64)),
+                "second": torch.from_numpy(ordered[:, 1].copy().view(np.int64)),
                 "shard": torch.from_numpy(shard.astype(np.int32)),
                 "sample": torch.from_numpy(order - starts[shard]),
             },
@@ -227,7 +229,7 @@ class TeacherCache:
             raise ValueError(f'layout must be "padded" or "flat", got {layout!r}')
         if len(ids) == 0:
             raise ValueError("ids must hold at least one id")
-        position = find(self._keys, keys_of(ids))
+        position = self._keys.find(keys_of(ids))
         absent = np.flatnonzero(position < 0)
         if len(absent):
             shown = [ids[int(row)] for row in absent[:3]]
@@ -251,7 +253,7 @@ class TeacherCache:
 
     def missing(self, ids: Sequence[SampleId] | Tensor) -> list[int]:
         """Positions of the ids that are not in the cache."""
-        return np.flatnonzero(find(self._keys, keys_of(ids)) < 0).tolist()
+        return np.flatnonzero(self._keys.find(keys_of(ids)) < 0).tolist()
 
     def __contains__(self, sample: SampleId) -> bool:
         return not self.missing([sample])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -111,20 +112,38 @@ def order_of(keys: Keys) -> NDArray[np.int64]:
     return np.lexsort((keys[:, 1], keys[:, 0]))
 
 
-def find(sorted_keys: Keys, wanted: Keys) -> NDArray[np.int64]:
-    """Positions of keys in sorted keys, −1 where there is none."""
-    count = len(sorted_keys)
-    if count == 0:
-        return np.full(len(wanted), -1, np.int64)
-    first = sorted_keys[:, 0]
-    position = np.searchsorted(first, wanted[:, 0])
-    end = np.searchsorted(first, wanted[:, 0], side="right")
-    result = np.full(len(wanted), -1, np.int64)
-    open_rows = np.arange(len(wanted))
-    while len(open_rows):  # one round, unless first words collide
-        open_rows = open_rows[position[open_rows] < end[open_rows]]
-        hit = sorted_keys[position[open_rows], 1] == wanted[open_rows, 1]
-        result[open_rows[hit]] = position[open_rows[hit]]
-        open_rows = open_rows[~hit]
-        position[open_rows] += 1
-    return result
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """Sorted keys, searched without a copy; the two words may be memory-mapped.
+
+    Attributes:
+        first: First words in ascending order, contiguous [n].
+        second: Second words, ascending where the first are equal [n].
+    """
+
+    first: NDArray[np.uint64]
+    second: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, keys: Keys) -> KeyTable:
+        """Sorts keys [n, 2]."""
+        ordered = keys[order_of(keys)]
+        return cls(np.ascontiguousarray(ordered[:, 0]), np.ascontiguousarray(ordered[:, 1]))
+
+    def find(self, wanted: Keys) -> NDArray[np.int64]:
+        """Positions of keys [m, 2], −1 where there is none."""
+        result = np.full(len(wanted), -1, np.int64)
+        position = np.searchsorted(self.first, wanted[:, 0])
+        rows = np.arange(len(wanted))
+        while True:  # one round, unless first words collide
+            rows = rows[position[rows] < len(self.first)]
+            rows = rows[self.first[position[rows]] == wanted[rows, 0]]
+            if not len(rows):
+                return result
+            hit = self.second[position[rows]] == wanted[rows, 1]
+            result[rows[hit]] = position[rows[hit]]
+            rows = rows[~hit]
+            position[rows] += 1
+
+    def __len__(self) -> int:
+        return len(self.first)

@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import DataError
 from ._cache import TeacherCache
 from ._files import MANIFEST, FileRecord, WriterLock, check_hash, read_json
-from ._ids import find, order_of
 from ._spec import CacheSpec
 from ._writer import read_list, shard_keys, sweep
 
@@ -82,8 +81,8 @@ def verify_cache(path: str | Path, *, progress: Callable[[int, int], None] | Non
     keys = shard_keys(cache.path, cache.shards)
     if len(keys) != sum(record.samples for record in cache.shards):
         problems.append(f"{cache.path}: the shards hold {len(keys)} samples, the manifest says otherwise")
-    unindexed = int((find(cache._keys, keys) < 0).sum())
-    if unindexed or not np.array_equal(order_of(cache._keys), np.arange(len(cache))):
+    unindexed = int((cache._keys.find(keys) < 0).sum())
+    if unindexed or np.any(cache._keys.first[1:] < cache._keys.first[:-1]):
         problems.append(f"{cache.path / cache.index.name}: {unindexed} samples are not in the index")
     return problems
 

@@ -24,7 +24,7 @@ from ._files import (
     write_json,
     write_tensors,
 )
-from ._ids import Keys, SampleId, find, keys_of, order_of
+from ._ids import Keys, KeyTable, SampleId, keys_of
 from ._spec import CacheSpec
 
 _NO_KEYS: Keys = np.empty((0, 2), np.uint64)
@@ -48,7 +48,7 @@ class CacheWriter:
         if not self._lock.acquire():
             raise DataError(f"{path}: another process writes as rank {rank}; give each process its own rank")
         try:
-            self._stored, self._elsewhere = _NO_KEYS, _NO_KEYS
+            self._stored, self._elsewhere = KeyTable.of(_NO_KEYS), KeyTable.of(_NO_KEYS)
             self._shapes: Shapes | None = None
             self._shards: list[FileRecord] = []
             self._resume()
@@ -66,7 +66,7 @@ class CacheWriter:
         A resumed run computes the teacher for these alone.
         """
         keys = keys_of(ids)
-        stored = (find(self._stored, keys) >= 0) | (find(self._elsewhere, keys) >= 0)
+        stored = (self._stored.find(keys) >= 0) | (self._elsewhere.find(keys) >= 0)
         return [
             row
             for row, key in enumerate(map(tuple, keys.tolist()))
@@ -93,7 +93,7 @@ class CacheWriter:
             raise ValueError("the writer is closed")
         keys = keys_of(ids)
         known = {tuple(key) for key in keys.tolist()}
-        again = int((find(self._stored, keys) >= 0).sum()) + len(known & self._pending_keys)
+        again = int((self._stored.find(keys) >= 0).sum()) + len(known & self._pending_keys)
         if again or len(known) != len(keys):
             raise ValueError(
                 f"{again} of the {len(keys)} ids are stored already, "
@@ -133,7 +133,8 @@ class CacheWriter:
         )
         self._shards.append(record)
         self._write_list(closed=False)
-        self._stored = _sorted(np.concatenate([self._stored, keys]))
+        stored = np.stack([self._stored.first, self._stored.second], axis=1)
+        self._stored = KeyTable.of(np.concatenate([stored, keys]))
         self._pending, self._pending_keys, self._pending_bytes = [], set(), 0
 
     def close(self) -> None:
@@ -196,8 +197,8 @@ class CacheWriter:
                 shards, shapes, _ = read_list(other, self.spec)
                 elsewhere += shards
                 self._shapes = self._shapes or shapes
-        self._stored = _sorted(shard_keys(self.path, self._shards))
-        self._elsewhere = _sorted(shard_keys(self.path, elsewhere))
+        self._stored = KeyTable.of(shard_keys(self.path, self._shards))
+        self._elsewhere = KeyTable.of(shard_keys(self.path, elsewhere))
         self._write_list(closed=False)
 
     def _write_list(self, *, closed: bool) -> None:
@@ -301,7 +302,3 @@ def begin(path: Path, spec: CacheSpec) -> None:
     if not write_json(manifest, fresh, exclusive=True):
         content = read_json(manifest)
         CacheSpec.from_dict(content.get("spec", {}), manifest).check(spec, path)
-
-
-def _sorted(keys: Keys) -> Keys:
-    return keys[order_of(keys)]
