@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ._interval import share_interval as share_interval
 from .evaluate import accuracy_difference as accuracy_difference
+from .evaluate import calibration_scores as calibration_scores
 from .evaluate import evaluate_embeddings as evaluate_embeddings
 from .evaluate import prototype_correct as prototype_correct
 from .evaluate import prototype_logits as prototype_logits

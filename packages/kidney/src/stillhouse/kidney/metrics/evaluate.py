@@ -277,7 +277,7 @@ def _scores(
         **scores,
         **clustering(query, labels),
         **_per_class(labels, predicted, stones, classes),
-        "calibration": _calibration(logits, labels, present, temperature),
+        "calibration": calibration_scores(logits, labels, present, temperature),
     }
 
 
@@ -309,10 +309,20 @@ def _per_class(
     }
 
 
-def _calibration(
+def calibration_scores(
     logits: Tensor, labels: Tensor, present: Tensor, temperature: float
 ) -> dict[str, Any] | None:
-    """Calibration of softmax(logits); None where there is only one class to choose from."""
+    """Calibration of softmax(logits).
+
+    Args:
+        logits: [N, C].
+        labels: class numbers [N], each among `present`.
+        present: class number of each column, ascending [C].
+        temperature: τ that the logits were made with, for the record.
+
+    Returns:
+        `temperature`, `ece`, `brier`, `nll`, `reliability`; None where there is only one class to choose from.
+    """
     from stillhouse.core.metrics import brier_score, negative_log_likelihood, reliability_curve
 
     if len(present) < 2:
