@@ -139,6 +139,14 @@ def test_taid_linear_floor_wins_at_the_papers_step_size():
     assert t.momentum == pytest.approx(0.0014651999999999995, abs=1e-15)
 
 
+def test_losses_may_be_tensors_in_the_graph():
+    loss = torch.tensor(2.0, requires_grad=True) * 1.0
+    t, threshold = TaidAdaptive(total=10), AdaptiveThreshold()
+    assert t.update(loss, 0) == 0.4
+    assert threshold.update(loss) == 0.0
+    assert (t.previous_loss, threshold.reference) == (2.0, 2.0)
+
+
 def test_taid_constant_loss_moves_by_half_alpha():
     t = TaidAdaptive(total=10**9, start=0.4, alpha=0.01)
     t.update(1.7, 0)

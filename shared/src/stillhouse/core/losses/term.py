@@ -225,6 +225,10 @@ class DistillationLoss(nn.Module):
             term.load_state_dict(loaded[name])
 
 
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, tuple):
         return inputs, {}
@@ -283,7 +287,11 @@ class RatioWatch:
         self.ratios: dict[str, float] = {}
 
     def update(
-        self, terms: Mapping[str, float], weights: Mapping[str, float] | None = None, *, task: str | None
+        self,
+        terms: Mapping[str, float | Tensor],
+        weights: Mapping[str, float] | None = None,
+        *,
+        task: str | None,
     ) -> tuple[str, ...]:
         """Takes the terms of one update and returns the names that have just reached the patience.
 
@@ -300,13 +308,13 @@ class RatioWatch:
         if task is None or task not in terms:
             return ()
         weights = weights or {}
-        reference = abs(float(weights.get(task, 1.0)) * float(terms[task]))
+        reference = abs(float(weights.get(task, 1.0)) * _number(terms[task]))
         warned = []
         for name, value in terms.items():
             if name == task:
                 continue
             weight = float(weights.get(name, 1.0))
-            part = abs(weight * float(value))
+            part = abs(weight * _number(value))
             if weight == 0.0 or not math.isfinite(part) or not math.isfinite(reference):
                 self.counts[name] = 0
                 continue

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ._scalar import Schedule
 
 
@@ -73,7 +75,7 @@ class TaidAdaptive(Schedule):
         """The present t. The step is not used: t is state, moved by `update` alone."""
         return self.t
 
-    def update(self, loss: float, step: int) -> float:
+    def update(self, loss: float | Tensor, step: int) -> float:
         """Shows one optimizer step's loss and moves t.
 
         Args:
@@ -88,7 +90,7 @@ class TaidAdaptive(Schedule):
         Raises:
             ValueError: A loss that is not finite, or a negative step.
         """
-        loss = float(loss)
+        loss = _number(loss)
         if not math.isfinite(loss):
             raise ValueError(f"loss must be finite, got {loss!r}; skip the update for a step that diverged")
         if step < 0:
@@ -167,13 +169,13 @@ class AdaptiveThreshold(Schedule):
         """The present threshold. The step is not used: the threshold is state, moved by `update` alone."""
         return self.value
 
-    def update(self, validation_loss: float) -> float:
+    def update(self, validation_loss: float | Tensor) -> float:
         """Shows one validation loss and returns the threshold that holds from now on.
 
         Raises:
             ValueError: A loss that is not finite.
         """
-        loss = float(validation_loss)
+        loss = _number(validation_loss)
         if not math.isfinite(loss):
             raise ValueError(f"validation_loss must be finite, got {loss!r}")
         if self.reference is None:
@@ -193,6 +195,10 @@ class AdaptiveThreshold(Schedule):
         self.value = float(state["value"])
         reference = state["reference"]
         self.reference = None if reference is None else float(reference)
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _sigmoid(x: float) -> float:
