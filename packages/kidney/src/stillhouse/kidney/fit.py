@@ -15,7 +15,7 @@ import torch
 from stillhouse.core.config import to_dict
 from stillhouse.core.errors import DataError
 from stillhouse.core.run import world_size
-from stillhouse.core.train import Distiller, OptimConfig, SeededLoader, TrainConfig, Trainer
+from stillhouse.core.train import Distiller, FitResult, OptimConfig, SeededLoader, TrainConfig, Trainer
 
 from .config import KidneyConfig
 from .data import (
@@ -38,6 +38,19 @@ from .student import Student, StudentConfig, build_student, load_imagenet_weight
 from .teacher import Gemini, GeminiDistiller
 
 Progress = Callable[[int, int], None]
+Engine = Callable[[Distiller, SeededLoader, OptimConfig, TrainConfig, Path | None, bool | None], FitResult]
+
+
+def with_trainer(
+    distiller: Distiller,
+    loader: SeededLoader,
+    optim: OptimConfig,
+    train: TrainConfig,
+    out: Path | None,
+    quiet: bool | None,
+) -> FitResult:
+    """Train with the core's `Trainer`: the engine of every step here unless another one is given."""
+    return Trainer(train, out=out, quiet=quiet).fit(distiller, loader, optim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +110,9 @@ def read_images(config: KidneyConfig, *, progress: Progress | None = None) -> Co
     if data.views:
         strange = sorted(set(data.views) - set(found.views))
         if strange:
-            raise DataError(f"data.views: {found.name} has no view {strange[0]!r}; it has {', '.join(found.views)}")
+            raise DataError(
+                f"data.views: {found.name} has no view {strange[0]!r}; it has {', '.join(found.views)}"
+            )
         found = found.filter(view=data.views)
     return found
 
@@ -135,7 +150,9 @@ def prepare(config: KidneyConfig, *, seed: int, progress: Progress | None = None
         collection=collection,
         train=parts["train"],
         pool=pool if data.pool else collection.with_items(()),
-        validation=parts.get("validation") if parts.get("validation") is not None and len(parts["validation"]) else None,
+        validation=parts.get("validation")
+        if parts.get("validation") is not None and len(parts["validation"])
+        else None,
         test=parts["test"],
         new=new,
         leakage=check_leakage(seen, parts["test"]),
@@ -157,7 +174,13 @@ def dataset_of(config: KidneyConfig, collection: Collection, classes: Sequence[s
 
 
 def fit_teacher(
-    config: KidneyConfig, data: Prepared, *, seed: int, out: Path | None, quiet: bool | None = None
+    config: KidneyConfig,
+    data: Prepared,
+    *,
+    seed: int,
+    out: Path | None,
+    quiet: bool | None = None,
+    engine: Engine = with_trainer,
 ) -> tuple[Gemini, dict[str, Any]]:
     """Train GEMINI episodically and return it in evaluation mode, with the facts of its training.
 
@@ -167,6 +190,7 @@ def fit_teacher(
         seed: of weights, episodes and augmentation.
         out: folder of checkpoints and log; None writes nothing.
         quiet: no progress bar.
+        engine: what trains.
     """
     settings = config.teacher
     training = data.training
@@ -183,10 +207,23 @@ def fit_teacher(
         length=min(100, settings.steps),
         replicas=_replicas(config.train),
     )
-    distiller = GeminiDistiller(network, settings, layout, num_classes=len(data.classes), labels=dataset.labels)
+    distiller = GeminiDistiller(
+        network, settings, layout, num_classes=len(data.classes), labels=dataset.labels
+    )
     train = replace(config.train, steps=settings.steps, seed=seed)
     optim = replace(config.optim, lr=settings.lr)
-    facts = _fit(distiller, dataset, sampler, train, optim, seed=seed, out=out, quiet=quiet, workers=config.evaluate.workers)
+    facts = _fit(
+        engine,
+        distiller,
+        dataset,
+        sampler,
+        train,
+        optim,
+        seed=seed,
+        out=out,
+        quiet=quiet,
+        workers=config.evaluate.workers,
+    )
     return network.eval(), facts
 
 
@@ -198,6 +235,7 @@ def fit_student(
     seed: int,
     out: Path | None,
     quiet: bool | None = None,
+    engine: Engine = with_trainer,
 ) -> tuple[Student, dict[str, Any]]:
     """Train a student under a teacher, or without one (`distill.method = "none"`, which never sees the pool).
 
@@ -208,6 +246,7 @@ def fit_student(
         seed: of weights, batches and augmentation.
         out: folder of checkpoints and log; None writes nothing.
         quiet: no progress bar.
+        engine: what trains.
     """
     settings = config.distill
     guided = settings.method in ("hypothesis", "rkd") and len(data.pool) > 0
@@ -229,12 +268,29 @@ def fit_student(
         replicas=_replicas(config.train),
     )
     train = replace(config.train, seed=seed)
-    facts = _fit(distiller, dataset, sampler, train, config.optim, seed=seed, out=out, quiet=quiet, workers=config.evaluate.workers)
+    facts = _fit(
+        engine,
+        distiller,
+        dataset,
+        sampler,
+        train,
+        config.optim,
+        seed=seed,
+        out=out,
+        quiet=quiet,
+        workers=config.evaluate.workers,
+    )
     return student.eval(), facts
 
 
 def fit_classifier(
-    config: KidneyConfig, data: Prepared, *, seed: int, out: Path | None, quiet: bool | None = None
+    config: KidneyConfig,
+    data: Prepared,
+    *,
+    seed: int,
+    out: Path | None,
+    quiet: bool | None = None,
+    engine: Engine = with_trainer,
 ) -> tuple[Classifier, dict[str, Any]]:
     """Train the cross-entropy baseline on the same labelled images, batches and steps."""
     dataset = dataset_of(config, data.train, data.classes)
@@ -242,10 +298,26 @@ def fit_classifier(
     network = Classifier(new_student(config, seed), len(data.classes))
     distiller = ClassifierDistiller(network, smoothing=config.distill.classifier_smoothing)
     sampler = GuidedSampler(
-        dataset.labels, layout, pool=0, seed=seed, length=min(100, config.train.steps), replicas=_replicas(config.train)
+        dataset.labels,
+        layout,
+        pool=0,
+        seed=seed,
+        length=min(100, config.train.steps),
+        replicas=_replicas(config.train),
     )
     train = replace(config.train, seed=seed)
-    facts = _fit(distiller, dataset, sampler, train, config.optim, seed=seed, out=out, quiet=quiet, workers=config.evaluate.workers)
+    facts = _fit(
+        engine,
+        distiller,
+        dataset,
+        sampler,
+        train,
+        config.optim,
+        seed=seed,
+        out=out,
+        quiet=quiet,
+        workers=config.evaluate.workers,
+    )
     return network.eval(), facts
 
 
@@ -268,6 +340,7 @@ def new_student(config: KidneyConfig, seed: int) -> Student:
 
 
 def _fit(
+    engine: Engine,
     distiller: Distiller,
     dataset: PatchDataset,
     sampler: EpisodeSampler | GuidedSampler,
@@ -280,7 +353,7 @@ def _fit(
     workers: int,
 ) -> dict[str, Any]:
     loader = SeededLoader(dataset, batch_sampler=sampler, seed=seed, workers=workers, collate=collate)
-    result = Trainer(train, out=out, quiet=quiet).fit(distiller, loader, optim)
+    result = engine(distiller, loader, optim, train, out, quiet)
     rows = [row for row in result.history if "total" in row]
     last: Mapping[str, Any] = rows[-1] if rows else {}
     return {

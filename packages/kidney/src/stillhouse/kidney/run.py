@@ -20,7 +20,7 @@ from stillhouse.core.provenance import redact, timestamp
 from stillhouse.core.run import Run, jsonable, rank
 
 from .config import KidneyConfig
-from .fit import Prepared, fit_classifier, fit_student, fit_teacher, prepare
+from .fit import Engine, Prepared, fit_classifier, fit_student, fit_teacher, prepare, with_trainer
 from .scoring import Scored, embeddings_of, labels_of, score_classifier, score_embedding
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _CONFIG, _ARTIFACT = "config.json", "student"
 _LIBRARIES = ("stillhouse-kidney", "stillhouse-core", "torch", "monai", "pytorch-metric-learning")
 
 
-def train(config: KidneyConfig, run: Run) -> dict[str, Any]:
+def train(config: KidneyConfig, run: Run, *, engine: Engine = with_trainer) -> dict[str, Any]:
     """Train teacher, student and baselines, score them, write artefact and report.
 
     Everything in the data is checked before the first file is written. Under `torchrun` all processes train
@@ -45,6 +45,7 @@ def train(config: KidneyConfig, run: Run) -> dict[str, Any]:
     Args:
         config: the configuration.
         run: where to write, seed, device.
+        engine: what trains; `stillhouse.kidney.mmengine_runner` has another one.
 
     Returns:
         `artifact`, `report`, and the accuracy of each row.
@@ -58,27 +59,31 @@ def train(config: KidneyConfig, run: Run) -> dict[str, Any]:
     run.say(data.collection.summary())
     if rank() == 0:
         save_config(config, run.path(_CONFIG))
-    networks, facts = _fit_all(config, data, run)
+    networks, facts = _fit_all(config, data, run, engine)
     if rank() != 0:
         return {}
     return _finish(config, data, run, networks, facts)
 
 
 def _fit_all(
-    config: KidneyConfig, data: Prepared, run: Run
+    config: KidneyConfig, data: Prepared, run: Run, engine: Engine
 ) -> tuple[dict[str, nn.Module], dict[str, dict[str, Any]]]:
     """Train every row of the table."""
     networks: dict[str, nn.Module] = {}
     facts: dict[str, dict[str, Any]] = {}
-    common: dict[str, Any] = {"seed": run.seed, "quiet": None if run.interactive else True}
+    common: dict[str, Any] = {"seed": run.seed, "quiet": None if run.interactive else True, "engine": engine}
     run.say(f"training the {TEACHER}: {config.teacher.steps} episodes")
-    networks[TEACHER], facts[TEACHER] = teacher, _ = fit_teacher(config, data, out=run.path("teacher"), **common)
+    networks[TEACHER], facts[TEACHER] = teacher, _ = fit_teacher(
+        config, data, out=run.path("teacher"), **common
+    )
     run.say(f"training the {STUDENT}: {config.train.steps} steps")
     networks[STUDENT], facts[STUDENT] = fit_student(config, data, teacher, out=run.path("guided"), **common)
     if config.evaluate.baselines:
         alone = replace(config, distill=replace(config.distill, method="none"))
         run.say("training the two baselines")
-        networks[UNGUIDED], facts[UNGUIDED] = fit_student(alone, data, None, out=run.path("unguided"), **common)
+        networks[UNGUIDED], facts[UNGUIDED] = fit_student(
+            alone, data, None, out=run.path("unguided"), **common
+        )
         networks[CLASSIFIER], facts[CLASSIFIER] = fit_classifier(
             config, data, out=run.path("classifier"), **common
         )
@@ -93,7 +98,14 @@ def _finish(
     facts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Score, save the student, write results and report."""
-    from .report import KidneyResults, embedding_points, leakage_table, save_results, save_retrieval, write_report
+    from .report import (
+        KidneyResults,
+        embedding_points,
+        leakage_table,
+        save_results,
+        save_retrieval,
+        write_report,
+    )
 
     begun = time.perf_counter()
     run.say("scoring")
@@ -120,12 +132,17 @@ def _finish(
         profiles=profiles,
         profile_note=note,
         parts={name: part.counts() for name, part in _parts(data).items()},
-        stones={name: len(part.stones) for name, part in _parts(data).items()} if data.test.stone_known else {},
+        stones={name: len(part.stones) for name, part in _parts(data).items()}
+        if data.test.stone_known
+        else {},
         split=config.data.split,
         notes=_notes(config, data),
         leakage=leakage_table(data.leakage),
         log={name: f"{folder}/log.jsonl" for name, folder in _FOLDERS.items() if name in networks},
-        timings={**{name: found["seconds"] for name, found in facts.items()}, "scoring": time.perf_counter() - begun},
+        timings={
+            **{name: found["seconds"] for name, found in facts.items()},
+            "scoring": time.perf_counter() - begun,
+        },
         config=to_dict(config),
         command=" ".join(redact(sys.argv)),
         made=timestamp(),
@@ -408,7 +425,11 @@ def _save(
     from .store import save_student
 
     accuracy = row.scores["accuracy"]
-    simulated = "Trained on simulated stones: for trying the software out, never for patients.\n\n" if data.simulated else ""
+    simulated = (
+        "Trained on simulated stones: for trying the software out, never for patients.\n\n"
+        if data.simulated
+        else ""
+    )
     card = (
         f"# Kidney-stone student\n\n{simulated}"
         f"{config.model.backbone} of width {config.model.width}, {config.model.dim} dimensions, distilled from "
