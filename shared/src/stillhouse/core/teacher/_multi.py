@@ -218,7 +218,9 @@ def _checked_route(route: Tensor, stack: Tensor) -> Tensor:
         )
     if route.numel() and not (int(route.min()) >= 0 and int(route.max()) < len(stack)):
         raise ValueError(f"route must lie in [0, {len(stack)}), got [{int(route.min())}, {int(route.max())}]")
-    return route.long().reshape(*route.shape, *([1] * (len(rows) - route.dim()))).expand(rows)
+    return (
+        route.to(stack.device).long().reshape(*route.shape, *([1] * (len(rows) - route.dim()))).expand(rows)
+    )
 
 
 def _pick(stack: Tensor, index: Tensor) -> Tensor:
