@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +125,8 @@ def _finish(
         new_class=_new_class(config, data, {name: networks[name] for name in tests}, rows),
         new_classes=config.data.new_classes,
         unknown=_unknown(config, data, {name: networks[name] for name in tests}, rows, gallery),
-        calibration=gallery.calibration.to_dict(),
-        gallery={name: list(count) for name, count in gallery.counts().items()},
+        calibration=asdict(gallery.calibration),
+        gallery={name: list(count) for name, count in gallery.counts.items()},
         embedding=embedding_points(rows[STUDENT].query, labels_of(data.test, data.classes), gallery),
         retrieval=save_retrieval(data.test, rows[STUDENT].query, gallery, run.create()),
         profiles=profiles,

@@ -24,7 +24,7 @@ def require_runner() -> None:
         MissingDependencyError: a library it needs is not installed; the message names it and the pip line.
     """
     with warnings.catch_warnings():
-        # mmengine 0.10 imports torch.distributed.optim, whose own decorators warn since torch 2.10
+        # mmengine 0.10 imports torch.distributed.optim, which uses what torch itself has deprecated
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         try:
             importlib.import_module("mmengine.runner")
