@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -64,8 +65,7 @@ def naive_jsd(x: Inputs) -> Tensor:
     log_q = F.log_softmax(F.linear(x[0], x[1]) / TEMPERATURE, -1)
     with torch.no_grad():
         log_p = F.log_softmax(F.linear(x[2], x[3]) / TEMPERATURE, -1)
-    weight = torch.tensor(BETA)
-    log_m = torch.logaddexp(log_p + weight.log(), log_q + (-weight).log1p())
+    log_m = torch.logaddexp(log_p + math.log(BETA), log_q + math.log1p(-BETA))
     teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     return BETA * teacher + (1 - BETA) * F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
 
@@ -78,8 +78,8 @@ def fused_kl(x: Inputs, rows: int | None = None) -> Tensor:
     return fused_linear_kl(*heads(x), temperature=TEMPERATURE, scale_t2=False, chunk_rows=rows)
 
 
-def fused_jsd(x: Inputs) -> Tensor:
-    return fused_linear_jsd(*heads(x), beta=BETA, temperature=TEMPERATURE, scale_t2=False)
+def fused_jsd(x: Inputs, rows: int | None = None) -> Tensor:
+    return fused_linear_jsd(*heads(x), beta=BETA, temperature=TEMPERATURE, scale_t2=False, chunk_rows=rows)
 
 
 def logits_kl(x: Inputs) -> Tensor:
@@ -108,7 +108,7 @@ def peer_torchdistill() -> Variant:
     return run
 
 
-def peer_liger() -> Variant:
+def peer_liger(rows: int) -> Variant:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
@@ -117,7 +117,7 @@ def peer_liger() -> Variant:
         beta=BETA,
         temperature=TEMPERATURE,
         compiled=False,
-        chunk_size=256,
+        chunk_size=rows,
     )
 
     def run(x: Inputs) -> Tensor:
@@ -154,7 +154,9 @@ JSD: dict[str, Callable[[], Variant]] = {
     "plain torch JSD": lambda: naive_jsd,
     "stillhouse `generalized_jsd` on logits": lambda: logits_jsd,
     "stillhouse `fused_linear_jsd`, default chunk": lambda: fused_jsd,
-    "liger-kernel fused linear JSD (not compiled, 256 rows)": peer_liger,
+    "stillhouse `fused_linear_jsd`, 64 rows": lambda: lambda x: fused_jsd(x, 64),
+    "liger-kernel fused linear JSD, not compiled, 256 rows": lambda: peer_liger(256),
+    "liger-kernel fused linear JSD, not compiled, 64 rows": lambda: peer_liger(64),
     "trl `generalized_jsd_loss`": peer_trl,
 }
 GROUPS = {"forward KL": KL, f"JSD, β = {BETA}": JSD}
@@ -221,6 +223,7 @@ def peak(args: argparse.Namespace) -> int:
     run = GROUPS[args.memory[0]][args.memory[1]]()
     step(run, make_inputs(8, 64, args.width, args.teacher_width))  # load what is loaded lazily
     x = make_inputs(args.rows, args.vocab, args.width, args.teacher_width)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = high_water()
     step(run, x)
     print(high_water() - before)

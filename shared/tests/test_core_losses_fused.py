@@ -250,8 +250,17 @@ def test_gradient_can_be_read_twice_and_scales():
     student, teacher = heads()
     loss = fused_linear_kl(student, teacher)
     first = torch.autograd.grad(loss, student.weight, retain_graph=True)[0]
+    kept = first.clone()
     torch.testing.assert_close(torch.autograd.grad(3 * loss, student.weight, retain_graph=True)[0], 3 * first)
-    assert torch.equal(torch.autograd.grad(loss, student.weight)[0], first)
+    assert torch.equal(torch.autograd.grad(loss, student.weight)[0], kept)
+    assert torch.equal(first, kept)  # what was given away is not touched again
+    loss = fused_linear_kl(student, teacher)
+    (2 * loss).backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(student.weight.grad, 3 * kept)
+    loss = fused_linear_kl(student, teacher.logits())
+    for _ in range(2):
+        torch.testing.assert_close(gradients(loss, student)[1], kept)
     loss = fused_linear_kl(student, teacher)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, student.hidden, create_graph=True)

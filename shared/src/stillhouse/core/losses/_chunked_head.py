@@ -6,7 +6,7 @@ Legend: N rows that count, H width of the hidden states, V compared vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class Plan:
     tail: Tail
     distinct: bool
     rows: int  # C
+    product: torch.dtype  # of the head's matrix products
     differentiate: bool
 
 
@@ -116,67 +117,86 @@ class _Logits:
         return z
 
 
+_Grads = list[Tensor | None]  # by hidden [N, H], by weight [V, H], by bias [V]
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, wanted: tuple[bool, ...]
+) -> tuple[Tensor, _Grads]:
+    """Go through all rows once; return Σ_n factor_n·value_n in float64 and the gradients that are wanted."""
+    device, dtype = hidden.device, compute_dtype(hidden)
+    head = LinearHead(
+        hidden=hidden, weight=weight, bias=bias, logit_scale=plan.logit_scale, softcap=plan.softcap
+    )
+    student = _Logits(head, plan.vocab, plan.rows, dtype, plan.product)
+    # MPS has no float64
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    by_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None
+    by_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+    by_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if wanted[2] else None
+    for chunk, teacher in _teacher_chunks(plan, hidden.shape[0], dtype):
+        z = student(chunk)
+        evaluate = _to_gradient if any(wanted) else _values
+        values = evaluate(z, teacher, plan, chunk)
+        factor = plan.factor[chunk]
+        total += (factor * values).masked_fill(factor == 0, 0.0).sum(dtype=total.dtype)
+        slope = z.to(plan.product)
+        if by_hidden is not None:
+            by_hidden[chunk] = slope @ student.weight
+        if by_weight is not None:
+            part = by_weight[: plan.vocab]
+            if plan.product == dtype:
+                part.addmm_(slope.T, student.hidden[chunk])
+            else:  # the sum over chunks stays in float32
+                part.add_(slope.T @ student.hidden[chunk])
+        if by_bias is not None:
+            by_bias[: plan.vocab] += z.sum(0)
+    return total, [by_hidden, by_weight, by_bias]
+
+
 class FusedLinear(torch.autograd.Function):
-    """Σ_n factor_n·value_n with its gradients in hidden [N, H], weight [V, H] and bias [V], made in the
-    forward."""
+    """Σ_n factor_n·value_n; its gradients in hidden, weight and bias are made in the forward pass.
+
+    The backward pass scales them in place and gives them away, so that the V×H gradient exists once. Should a
+    second backward pass come (retain_graph=True), the rows are gone through again.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-        device = hidden.device
-        dtype = compute_dtype(hidden)
-        product = hidden.dtype
-        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-            product = torch.get_autocast_dtype(device.type)
         wanted = tuple(plan.differentiate and w for w in ctx.needs_input_grad[:3])
-        with torch.autocast(device.type, enabled=False):
-            head = LinearHead(
-                hidden=hidden, weight=weight, bias=bias, logit_scale=plan.logit_scale, softcap=plan.softcap
-            )
-            student = _Logits(head, plan.vocab, plan.rows, dtype, product)
-            wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            total = torch.zeros((), dtype=wide, device=device)
-            by_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None
-            by_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-            by_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if wanted[2] else None
-            for chunk, teacher in _teacher_chunks(plan, hidden.shape[0], dtype, product):
-                z = student(chunk)
-                evaluate = _to_gradient if any(wanted) else _values
-                values = evaluate(z, teacher, plan, chunk)
-                factor = plan.factor[chunk]
-                total += (factor * values).masked_fill(factor == 0, 0.0).sum(dtype=total.dtype)
-                slope = z if product == dtype else z.to(product)
-                if by_hidden is not None:
-                    by_hidden[chunk] = slope @ student.weight
-                if by_weight is not None:
-                    part = by_weight[: plan.vocab]
-                    if product == dtype:
-                        part.addmm_(slope.T, student.hidden[chunk])
-                    else:  # the sum over chunks stays in float32
-                        part.add_(slope.T @ student.hidden[chunk])
-                if by_bias is not None:
-                    by_bias[: plan.vocab] += z.sum(0)
-        ctx.save_for_backward(by_hidden, by_weight, by_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, ctx.grads = _run(hidden, weight, bias, plan, wanted)
+        dense = plan.teacher if isinstance(plan.teacher, Tensor) else None
+        ctx.save_for_backward(hidden, weight, bias, dense)  # released with the graph, unlike an attribute
+        ctx.plan = plan if dense is None else replace(plan, teacher=dense.new_empty(0))
+        return total.to(compute_dtype(hidden))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * grads[0]).to(d) for g, d in saved), None
+        *inputs, dense = ctx.saved_tensors
+        own: _Grads | None = ctx.grads
+        ctx.grads = None
+        if own is None:
+            hidden, weight, bias = inputs
+            plan = ctx.plan if dense is None else replace(ctx.plan, teacher=dense)
+            with torch.autocast(hidden.device.type, enabled=False):
+                _, own = _run(hidden, weight, bias, plan, ctx.needs_input_grad[:3])
+        scaled = (
+            None if g is None else g.mul_(grads[0]).to(x.dtype) for g, x in zip(own, inputs, strict=True)
+        )
+        return *scaled, None
 
 
 _Sparse = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _teacher_chunks(
-    plan: Plan, count: int, dtype: torch.dtype, product: torch.dtype
-) -> Iterator[tuple[slice, Tensor | _Sparse]]:
+def _teacher_chunks(plan: Plan, count: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | _Sparse]]:
     """Yield each chunk of rows with the teacher's logits [C, V], or (ids, log p_S, log p_tail, weights)."""
     source = plan.teacher
     compute: _Logits | None = None
     if isinstance(source, LinearHead):
-        own = source.hidden.dtype if source.hidden.dtype == torch.float64 else product
+        own = torch.float64 if source.hidden.dtype == torch.float64 else plan.product
         compute = _Logits(source, plan.vocab, plan.rows, dtype, own)
     elif isinstance(source, SparseTeacher):
         signal, (log_p, tail) = source, source.log_probs(plan.temperature)  # type: ignore[arg-type]

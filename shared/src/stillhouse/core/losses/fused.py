@@ -29,6 +29,9 @@ from ._reduction import (
 )
 from .topk import Sampler, SparseTeacher, Tail, check_sparse
 
+_CHUNK_BYTES = {"cpu": 32 << 20}
+_CHUNK_BYTES_ELSEWHERE = 256 << 20  # few and large products on an accelerator
+
 
 def fused_linear_kl(
     student: LinearHead,
@@ -46,7 +49,7 @@ def fused_linear_kl(
     vocab: int | None = None,
     tail: Tail = "bucket",
     sampler: Sampler = "topk",
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Forward or reverse KL over a language-model head, from hidden states, in chunks of rows.
@@ -73,7 +76,8 @@ def fused_linear_kl(
             padded to different sizes. None: the sizes must be equal.
         tail: what becomes of a SparseTeacher's tail, see `topk_kl`.
         sampler: kind of SparseTeacher, see `topk_kl`.
-        chunk_bytes: bound on the logits of both sides that exist at a time, 64 MiB.
+        chunk_bytes: bound on the logits of both sides that exist at a time; None: 32 MiB on a CPU, 256 MiB on
+            an accelerator.
         chunk_rows: rows per chunk; overrides chunk_bytes. Every chunk rewrites the V×H gradient of the
             head, so fewer rows than about H cost time, and more cost memory.
 
@@ -137,7 +141,7 @@ def fused_linear_jsd(
     num_items: int | Tensor | None = None,
     scale_t2: bool = True,
     vocab: int | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence over a language-model head, in chunks of rows.
@@ -155,7 +159,7 @@ def fused_linear_jsd(
         num_items: count that replaces the local one in "token_mean".
         scale_t2: multiply by T².
         vocab: compare the first `vocab` entries of both heads only.
-        chunk_bytes: bound on the logits that exist at a time.
+        chunk_bytes: bound on the logits that exist at a time, see `fused_linear_kl`.
         chunk_rows: rows per chunk; overrides chunk_bytes.
 
     Returns:
@@ -214,7 +218,7 @@ def _fused(
     vocab: int | None,
     tail: Tail,
     sampler: Sampler,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     chunk_rows: int | None,
 ) -> Tensor:
     if not isinstance(student, LinearHead):
@@ -250,6 +254,8 @@ def _fused(
     for name, value in (("chunk_rows", chunk_rows), ("chunk_bytes", chunk_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if chunk_bytes is None:
+        chunk_bytes = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_ELSEWHERE)
     if chunk_rows is None:
         chunk_rows = max(1, chunk_bytes // (2 * size * dtype.itemsize))
     plan = Plan(
@@ -264,10 +270,19 @@ def _fused(
         tail=tail,
         distinct=sampler == "topk",
         rows=chunk_rows,
+        product=_product_dtype(hidden),
         differentiate=torch.is_grad_enabled(),
     )
     result: Tensor = FusedLinear.apply(hidden, student.weight, student.bias, plan)
     return result
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of the head's matrix products: that of the hidden states, or of autocast."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 def _check(
