@@ -225,7 +225,7 @@ def _values(z: Tensor, teacher: Tensor | _Sparse, plan: Plan, chunk: slice) -> T
             log_q = tempered_log_softmax(z[block], t, z.dtype)
             values[block] = plan.form.values(log_q, tempered_log_softmax(teacher[block], t, z.dtype))
         else:
-            ids, log_p, tail, weights = (None if x is None else x[block] for x in teacher)
+            ids, log_p, tail, weights = _cut(teacher, block)
             log_q, log_q_tail, _, _ = gather_log_softmax(z[block] / t, ids, plan.distinct)
             values[block] = sparse_divergence(log_q, log_q_tail, log_p, tail, weights, plan.tail)
     return values
@@ -242,7 +242,7 @@ def _to_gradient(z: Tensor, teacher: Tensor | _Sparse, plan: Plan, chunk: slice)
             log_p = tempered_log_softmax(teacher[block], t, z.dtype)
             values[block], slope = plan.form.closed(log_q, log_p)
         else:
-            values[block], slope = _sparse_gradient(part / t, teacher, block, plan)
+            values[block], slope = _sparse_gradient(part / t, _cut(teacher, block), plan)
         slope = slope * (factor[block] * plan.logit_scale / t)
         if plan.softcap is not None:
             slope *= 1 - (part / plan.softcap) ** 2
@@ -250,15 +250,19 @@ def _to_gradient(z: Tensor, teacher: Tensor | _Sparse, plan: Plan, chunk: slice)
     return values
 
 
-def _sparse_gradient(u: Tensor, teacher: _Sparse, block: slice, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return values [R] and ∂/∂u [R, V] against a sparse teacher; autograd sees tensors of k columns
-    only."""
+def _cut(teacher: _Sparse, block: slice) -> _Sparse:
     ids, log_p, tail, weights = teacher
-    ids = ids[block]
+    return ids[block], log_p[block], tail[block], None if weights is None else weights[block]
+
+
+def _sparse_gradient(u: Tensor, teacher: _Sparse, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return values [R] and ∂/∂u [R, V] against a sparse teacher; autograd sees tensors of k columns only."""
+    ids, log_p, tail, weights = teacher
     log_q, log_q_tail, lse, lse_tail = gather_log_softmax(u, ids, plan.distinct)
     with torch.enable_grad():
         leaves = (log_q.requires_grad_(), log_q_tail.requires_grad_())
-        own = None if weights is None else weights[block]
-        values = sparse_divergence(*leaves, log_p[block], tail[block], own, plan.tail)
-        slopes = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
-    return values.detach(), gather_gradient(u, ids, lse, lse_tail, *slopes, plan.distinct)
+        values = sparse_divergence(*leaves, log_p, tail, weights, plan.tail)
+        by_kept, by_tail = torch.autograd.grad(
+            values.sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+    return values.detach(), gather_gradient(u, ids, lse, lse_tail, by_kept, by_tail, plan.distinct)
