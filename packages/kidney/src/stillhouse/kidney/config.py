@@ -144,6 +144,10 @@ class TeacherConfig:
         queries: query images of a class in an episode.
         pool: images without labels in an episode, each shown twice; 0 for none.
         tau: temperature of the prototypical posterior, on squared distances.
+        episode_weight: weight of the "class" branches' episodes.
+        classify_weight: weight of a linear classifier on each "class" branch, which is thrown away after training;
+            0 for none.
+        smoothing: label smoothing of these classifiers.
         diversity: weight of the branches' decorrelation (linear CKA of two branches).
         image_weight: weight of the "image" branches' loss.
         refine: weight of the self-made targets on images without labels; 0 for none.
@@ -159,6 +163,9 @@ class TeacherConfig:
     queries: int = 5
     pool: int = 48
     tau: float = 0.1
+    episode_weight: float = 1.0
+    classify_weight: float = 0.0
+    smoothing: float = 0.1
     diversity: float = 0.0
     image_weight: float = 0.5
     refine: float = 1.0

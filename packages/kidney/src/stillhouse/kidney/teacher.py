@@ -61,10 +61,14 @@ class Gemini(nn.Module):
             nn.Linear(self.trunks[i % count].features, model.teacher_dim) for i in range(len(branches))
         )
 
+    def raw_branches(self, images: Tensor) -> list[Tensor]:
+        """Embedding of each branch before its length is made 1, [B, teacher_dim]."""
+        pooled = [trunk(images) for trunk in self.trunks]
+        return [head(pooled[i % len(pooled)]) for i, head in enumerate(self.heads)]
+
     def branches(self, images: Tensor) -> list[Tensor]:
         """Embedding of each branch, [B, teacher_dim] of length 1."""
-        pooled = [trunk(images) for trunk in self.trunks]
-        return [F.normalize(head(pooled[i % len(pooled)]), dim=1) for i, head in enumerate(self.heads)]
+        return [F.normalize(raw, dim=1) for raw in self.raw_branches(images)]
 
     def forward(self, images: Tensor) -> Tensor:
         """The branches' embeddings side by side, [B, branches · teacher_dim] of length 1."""
@@ -120,13 +124,17 @@ class GeminiDistiller:
         labels: Sequence[int],
     ) -> None:
         self.network, self.config, self.layout, self.num_classes = network, config, layout, num_classes
+        self._class_branches = [i for i, name in enumerate(network.groupings) if name == "class"]
+        dim = network.heads[0].out_features
+        classify = nn.ModuleList(nn.Linear(dim, num_classes) for _ in self._class_branches)
+        self.parts = nn.ModuleDict({"network": network, "classify": classify})
         self._labels = torch.as_tensor(labels)
         self._targets = torch.zeros(len(self._labels), num_classes)
         self._seen = torch.zeros(len(self._labels), dtype=torch.bool)
 
     def trainable(self) -> Mapping[str, nn.Module]:
-        """The teacher."""
-        return {"teacher": self.network}
+        """The teacher, with the classifiers that help to train it and are thrown away."""
+        return {"teacher": self.parts}
 
     def frozen(self) -> Mapping[str, nn.Module]:
         """Nothing."""
@@ -138,13 +146,13 @@ class GeminiDistiller:
 
     def loss(self, role: str, batch: Mapping[str, Tensor], step: Step) -> Losses:
         """Sum over branches, mean over the episodes of the batch."""
-        branches = self.network.branches(batch["image"])
+        raw = self.network.raw_branches(batch["image"])
         size = self.layout.size
         if len(batch["label"]) % size:
             raise ValueError(f"batch of {len(batch['label'])} images; it must be a multiple of the layout's {size}")
         parts = [
             self._episode(
-                [z[start : start + size] for z in branches],
+                [z[start : start + size] for z in raw],
                 batch["label"][start : start + size],
                 batch["index"][start : start + size],
                 step,
@@ -153,7 +161,8 @@ class GeminiDistiller:
         ]
         terms = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         weights = {
-            "episode": 1.0,
+            "episode": self.config.episode_weight,
+            "classify": self.config.classify_weight,
             "image": self.config.image_weight,
             "refine": self.config.refine,
             "diversity": self.config.diversity,
@@ -161,8 +170,9 @@ class GeminiDistiller:
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return Losses(total, terms)
 
-    def _episode(self, branches: list[Tensor], labels: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
+    def _episode(self, raw: list[Tensor], labels: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
         layout, config = self.layout, self.config
+        branches = [F.normalize(z, dim=1) for z in raw]
         support, query = episode_rows(layout, labels.device)
         _, own = torch.unique(labels[: layout.labelled], return_inverse=True)  # classes of this episode: 0 … N−1
         terms = {"episode": labels.new_zeros((), dtype=torch.float32)}
@@ -173,29 +183,45 @@ class GeminiDistiller:
                 terms["episode"] = terms["episode"] + F.cross_entropy(logits, own[query])
             elif layout.pool:
                 terms["image"] = terms.get("image", 0.0) + _instances(z[pool[0]], z[pool[1]], config.tau)
+        if config.classify_weight > 0:
+            known = labels[: layout.labelled]
+            terms["classify"] = torch.stack(
+                [
+                    F.cross_entropy(head(raw[i][: layout.labelled]), known, label_smoothing=config.smoothing)
+                    for head, i in zip(self.parts["classify"], self._class_branches, strict=True)
+                ]
+            ).sum()
         if config.diversity > 0 and len(branches) > 1:
             pairs = [(a, b) for a in range(len(branches)) for b in range(a)]
             similar = [mutual_cka(branches[a], branches[b]) for a, b in pairs]
             terms["diversity"] = torch.stack(similar).mean()
         if config.refine > 0 and layout.pool and layout.classes == self.num_classes:
-            terms["refine"] = self._refine(branches, labels, index, pool, step)
+            terms["refine"] = self._refine(raw, branches, labels, index, pool, step)
         return terms
 
     def _refine(
-        self, branches: list[Tensor], labels: Tensor, index: Tensor, pool: tuple[slice, slice], step: Step
+        self,
+        raw: list[Tensor],
+        branches: list[Tensor],
+        labels: Tensor,
+        index: Tensor,
+        pool: tuple[slice, slice],
+        step: Step,
     ) -> Tensor:
         """Cross-entropy of the class branches with the image's own, sharpened, long-term posterior."""
         layout, config = self.layout, self.config
-        zero = sum((z.sum() * 0.0 for z in branches), start=labels.new_zeros((), dtype=torch.float32))
+        zero = sum((z.sum() * 0.0 for z in raw), start=labels.new_zeros((), dtype=torch.float32))
         if step.index < config.refine_start * step.total:
             return zero
-        rows = torch.arange(layout.labelled, layout.size, device=labels.device)
-        support = torch.arange(layout.labelled, device=labels.device)
-        known = labels[: layout.labelled]
+        rows = slice(layout.labelled, layout.size)
+        support = slice(0, layout.labelled)
         logs = [
-            hypothesis_logits(z[rows], z[support].detach(), known, self.num_classes, tau=config.tau).log_softmax(-1)
-            for grouping, z in zip(self.network.groupings, branches, strict=True)
-            if grouping == "class"
+            head(raw[i][rows]).float().log_softmax(-1)
+            if config.classify_weight > 0
+            else hypothesis_logits(
+                branches[i][rows], branches[i][support].detach(), labels[support], self.num_classes, tau=config.tau
+            ).log_softmax(-1)
+            for head, i in zip(self.parts["classify"], self._class_branches, strict=True)
         ]
         with torch.no_grad():
             posterior = mean_posterior(logs).exp()
