@@ -12,7 +12,10 @@ from stillhouse.core.errors import MissingDependencyError
 # before mmengine itself: it keeps the deprecation warnings of mmengine's own imports away
 pytest.importorskip("stillhouse.core.integrations.mmengine", exc_type=MissingDependencyError)
 
-from stillhouse.core.integrations.mmengine import fit_result, runner_for
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+
+from stillhouse.core.integrations.mmengine import as_mm_model, fit_result, runner_for
 from stillhouse.core.testing import TinyMLP, ToyDistiller, TwoRoleDistiller, run_ranks, toy_data
 from stillhouse.core.train import Losses, OptimConfig, SeededLoader, Step, TrainConfig, Trainer
 
@@ -90,13 +93,33 @@ def resumed(out: Path) -> bool:
     return stopped and all(torch.equal(value, parted[key]) for key, value in whole.items())
 
 
+def stock(out: Path, launcher: str) -> dict[str, Tensor]:
+    """A Runner of one's own, whose loader gives every rank the same batches."""
+    distiller = TwoRoleDistiller()
+    runner = Runner(
+        model=as_mm_model(distiller),
+        work_dir=str(out),
+        train_dataloader=torch.utils.data.DataLoader(toy_data(), batch_size=8),
+        train_cfg={"by_epoch": False, "max_iters": 4},
+        optim_wrapper=OptimWrapperDict(
+            student=OptimWrapper(torch.optim.SGD(distiller.student.parameters(), lr=0.1)),
+            critic=OptimWrapper(torch.optim.SGD(distiller.critic.parameters(), lr=0.1)),
+        ),
+        launcher=launcher,
+        log_level="ERROR",
+        cfg={"model_wrapper_cfg": {"type": "RoleParallel"}},
+    )
+    runner.train()
+    return {f"{n}.{k}": v for n, net in distiller.trainable().items() for k, v in net.state_dict().items()}
+
+
 def on_ranks(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{case} {engine}": fit(case, engine, 2, out / f"{case}-{engine}")
         for case in CASES
         for engine in ("trainer", "runner")
     }
-    return {**found, "resumed": resumed(out)}
+    return {**found, "resumed": resumed(out), "stock": stock(out / "stock", "pytorch")}
 
 
 def test_two_processes_equal_one_and_the_trainer_and_resume(tmp_path: Path) -> None:
@@ -116,6 +139,9 @@ def test_two_processes_equal_one_and_the_trainer_and_resume(tmp_path: Path) -> N
         for a, b in zip(many["rows"], alone["rows"], strict=True):
             assert (a["step"], a["role"]) == (b["step"], b["role"])
             assert a["total"] == pytest.approx(b["total"], rel=1e-4)
+    for key, value in stock(tmp_path / "stock-alone", "none").items():
+        torch.testing.assert_close(first["stock"][key], value, rtol=1e-5, atol=1e-7)
+        assert torch.equal(first["stock"][key], second["stock"][key])
     # the same, were the global batch another one: the comparison can fail
     other = fit("plain", "runner", 1, tmp_path / "other", lambda: ToyDistiller(TinyMLP(seed=5)))
     assert not torch.allclose(

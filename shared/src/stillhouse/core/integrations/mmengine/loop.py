@@ -35,7 +35,8 @@ class StepData:
     Args:
         data: a `SeededLoader` of *global* batches, or any iterable of batches that can be started over.
         accumulate: micro-batches per step.
-        rank, world_size: this process among all.
+        rank: index of this process.
+        world_size: number of processes.
         pin_memory: hand batches over in page-locked memory.
 
     Attributes:
