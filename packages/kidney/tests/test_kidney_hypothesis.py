@@ -49,7 +49,9 @@ def test_zero_where_distances_differ_by_a_constant_of_each_query(seed: int, temp
     query, support, labels, classes = _episode(seed)
     teacher = hypothesis_logits(query, support, labels, classes, tau=0.7)
     constant = torch.linspace(-3, 3, len(query), dtype=torch.float64)[:, None]
-    assert float(hypothesis_kd(teacher + constant, teacher, temperature=temperature)) == pytest.approx(0.0, abs=1e-12)
+    assert float(hypothesis_kd(teacher + constant, teacher, temperature=temperature)) == pytest.approx(
+        0.0, abs=1e-12
+    )
     scaled = hypothesis_kd(teacher * 1.5, teacher, temperature=temperature)
     assert float(scaled) > 0  # a constant of each query is free, a scale is not
 

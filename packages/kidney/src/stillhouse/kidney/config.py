@@ -91,9 +91,13 @@ class DataConfig:
         if self.shots is not None and self.shots < 1:
             raise ConfigError(f"data.shots is {self.shots!r}; it must be at least 1, or None for all labels")
         if len(self.window) != 2 or not 0 < self.window[0] <= self.window[1] <= 1:
-            raise ConfigError(f"data.window is {self.window!r}; it must be two shares, 0 < smallest ≤ largest ≤ 1")
+            raise ConfigError(
+                f"data.window is {self.window!r}; it must be two shares, 0 < smallest ≤ largest ≤ 1"
+            )
         if self.path is None and self.layout == "kth_tips":
-            raise ConfigError("data.path is None; layout 'kth_tips' needs the folder of the ten class folders")
+            raise ConfigError(
+                "data.path is None; layout 'kth_tips' needs the folder of the ten class folders"
+            )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -145,8 +149,8 @@ class TeacherConfig:
         pool: images without labels in an episode, each shown twice; 0 for none.
         tau: temperature of the prototypical posterior, on squared distances.
         episode_weight: weight of the "class" branches' episodes.
-        classify_weight: weight of a linear classifier on each "class" branch, which is thrown away after training;
-            0 for none.
+        classify_weight: weight of a linear classifier on each "class" branch, which is thrown away after
+            training; 0 for none.
         smoothing: label smoothing of these classifiers.
         diversity: weight of the branches' decorrelation (linear CKA of two branches).
         image_weight: weight of the "image" branches' loss.
@@ -174,8 +178,8 @@ class TeacherConfig:
     refine_confidence: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in self.branches:
-            _choice("teacher", "branches", name, Grouping)
+        for grouping in self.branches:
+            _choice("teacher", "branches", grouping, Grouping)
         if "class" not in self.branches:
             raise ConfigError(f"teacher.branches is {self.branches!r}; at least one must be 'class'")
         _at_least("teacher", self, steps=1, shots=1, queries=1, pool=0, diversity=0, image_weight=0, refine=0)
@@ -228,10 +232,13 @@ class DistillConfig:
         _at_least("distill", self, weight=0, per_class=2, classes_per_batch=0, pool=0, rkd_angle=0)
         if self.temperature <= 0 or self.tau <= 0:
             raise ConfigError(
-                f"distill.temperature and distill.tau must be above 0, got {self.temperature!r} and {self.tau!r}"
+                f"distill.temperature and distill.tau must be above 0, got {self.temperature!r} and "
+                f"{self.tau!r}"
             )
         if not 0 <= self.classifier_smoothing < 1:
-            raise ConfigError(f"distill.classifier_smoothing is {self.classifier_smoothing!r}; it must lie in [0, 1)")
+            raise ConfigError(
+                f"distill.classifier_smoothing is {self.classifier_smoothing!r}; it must lie in [0, 1)"
+            )
         if not 0 <= self.s2sd_delay < 1:
             raise ConfigError(f"distill.s2sd_delay is {self.s2sd_delay!r}; it must lie in [0, 1)")
 

@@ -31,8 +31,8 @@ class MetricLoss(nn.Module):
     """A metric loss of pytorch-metric-learning with its usual miner.
 
     Args:
-        name: "multi_similarity" (with its miner), "triplet" (margin 0.2, distance-weighted miner), "contrastive"
-            or "proxy_anchor" (which has parameters: a proxy a class).
+        name: "multi_similarity" (with its miner), "triplet" (margin 0.2, distance-weighted miner),
+            "contrastive" or "proxy_anchor" (which has parameters: a proxy a class).
         num_classes: C.
         dim: d of the embeddings.
 
@@ -65,7 +65,8 @@ class MetricLoss(nn.Module):
 
 
 class WideHeads(nn.Module):
-    """S2SD's auxiliary teacher: a two-layer head that embeds the student's pooled features in more dimensions.
+    """S2SD's auxiliary teacher: a two-layer head that embeds the student's pooled features in more
+    dimensions.
 
     Source: S2SD (Roth et al. 2021); the width is our choice.
     """
@@ -138,7 +139,11 @@ class GuidedDistiller:
         if len(raw) % size:
             raise ValueError(f"batch of {len(raw)} images; it must be a multiple of the layout's {size}")
         answers = None
-        if self.teacher is not None and self.config.method in ("hypothesis", "rkd") and self.config.weight > 0:
+        if (
+            self.teacher is not None
+            and self.config.method in ("hypothesis", "rkd")
+            and self.config.weight > 0
+        ):
             with torch.no_grad():
                 answers = self.teacher.branches(batch["image"])
         found = []
@@ -173,7 +178,7 @@ class GuidedDistiller:
         return terms
 
     def _hypothesis(self, z: Tensor, answers: list[Tensor], labels: Tensor) -> Tensor:
-        """KL over the classes of the batch; support: its labelled images. Labelled queries leave themselves out."""
+        """KL over the batch's classes; its labelled images are support, and queries without themselves."""
         config, layout = self.config, self.layout
         _, own = torch.unique(labels, return_inverse=True)
         classes = int(own.max()) + 1
@@ -208,7 +213,8 @@ class GuidedDistiller:
 
 
 class Classifier(nn.Module):
-    """A student with a linear classifier on its embedding before normalisation; what plain deep learning does.
+    """A student with a linear classifier on its embedding before normalisation; what plain deep learning
+    does.
 
     Shapes: images [B, 3, H, W] → logits [B, C].
     """

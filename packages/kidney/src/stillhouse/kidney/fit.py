@@ -126,7 +126,8 @@ def prepare(config: KidneyConfig, *, seed: int, progress: Progress | None = None
         progress: called as `progress(done, total)` while images are read.
 
     Raises:
-        DataError: files that cannot be used, classes too small to cut, or held-out classes that are not there.
+        DataError: files that cannot be used, classes too small to cut, or held-out classes that are not
+            there.
     """
     data = config.data
     found = read_images(config, progress=progress)

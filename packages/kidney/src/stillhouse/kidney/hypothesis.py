@@ -6,8 +6,8 @@ embeddings of the support) and from them a posterior
 
     p(k | x) = softmax_k(−‖f(x) − c_k‖² / τ),
 
-and the student minimises T²·KL(p_T ‖ p_S). Regions of decision are transferred, not coordinates. The method is
-the one that the paper names; formula and constants are our reading.
+and the student minimises T²·KL(p_T ‖ p_S). Regions of decision are transferred, not coordinates. The method
+is the one that the paper names; formula and constants are our reading.
 """
 
 from __future__ import annotations
@@ -37,15 +37,21 @@ def class_means(support: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     if labels.numel() != len(support) or len(support) == 0:
         raise ValueError(f"labels has {labels.numel()} entries for {len(support)} support embeddings")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(f"labels span [{int(labels.min())}, {int(labels.max())}]; allowed is [0, {num_classes})")
+        raise ValueError(
+            f"labels span [{int(labels.min())}, {int(labels.max())}]; allowed is [0, {num_classes})"
+        )
     counts = torch.bincount(labels, minlength=num_classes)
     if bool((counts == 0).any()):
-        raise ValueError(f"class {int((counts == 0).nonzero()[0])} has no support; give each class at least one image")
+        raise ValueError(
+            f"class {int((counts == 0).nonzero()[0])} has no support; give each class at least one image"
+        )
     sums = support.new_zeros(num_classes, support.shape[1]).index_add(0, labels, support)
     return sums / counts[:, None].to(support.dtype)
 
 
-def hypothesis_logits(queries: Tensor, support: Tensor, labels: Tensor, num_classes: int, *, tau: float) -> Tensor:
+def hypothesis_logits(
+    queries: Tensor, support: Tensor, labels: Tensor, num_classes: int, *, tau: float
+) -> Tensor:
     """−‖q − c_k‖²/τ for each query and class.
 
     Args:
@@ -59,8 +65,8 @@ def hypothesis_logits(queries: Tensor, support: Tensor, labels: Tensor, num_clas
         [Q, C].
 
     Example:
-        >>> logits = hypothesis_logits(torch.tensor([[0.0, 1.0]]), torch.eye(2), torch.tensor([0, 1]), 2, tau=1.0)
-        >>> logits
+        >>> query, support = torch.tensor([[0.0, 1.0]]), torch.eye(2)
+        >>> hypothesis_logits(query, support, torch.tensor([0, 1]), 2, tau=1.0)
         tensor([[-2., -0.]])
     """
     if not tau > 0:
@@ -71,8 +77,8 @@ def hypothesis_logits(queries: Tensor, support: Tensor, labels: Tensor, num_clas
 def leave_one_out_logits(support: Tensor, labels: Tensor, num_classes: int, *, tau: float) -> Tensor:
     """The same for support images as their own queries, each left out of the prototype of its class.
 
-    An image that helps to form its own prototype is nearer to it than a new image would be. A class with one image
-    keeps it (there would be nothing else).
+    An image that helps to form its own prototype is nearer to it than a new image would be. A class with
+    one image keeps it (there would be nothing else).
 
     Args:
         support: [S, d].
@@ -90,7 +96,9 @@ def leave_one_out_logits(support: Tensor, labels: Tensor, num_classes: int, *, t
     own = prototypes[labels]
     without = torch.where(counts > 1, (counts * own - support) / (counts - 1).clamp_min(1), own)
     own_column = torch.nn.functional.one_hot(labels, num_classes).bool()
-    squared = torch.where(own_column, (support - without).square().sum(1, keepdim=True), _squared(support, prototypes))
+    squared = torch.where(
+        own_column, (support - without).square().sum(1, keepdim=True), _squared(support, prototypes)
+    )
     return -squared / tau
 
 

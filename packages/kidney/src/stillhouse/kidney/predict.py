@@ -189,7 +189,12 @@ def embed(
         side, with `fuse_crops=False`.
     """
     dataset = PatchDataset(
-        collection, collection.classes, size=size, crops=crops, zoom=zoom, cache_bytes=0 if crops == 1 else 1 << 28
+        collection,
+        collection.classes,
+        size=size,
+        crops=crops,
+        zoom=zoom,
+        cache_bytes=0 if crops == 1 else 1 << 28,
     )
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     was_training = network.training

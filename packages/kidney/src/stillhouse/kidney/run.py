@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .gallery import Gallery
     from .report import ModelRow
     from .student import Student
-    from .teacher import Gemini
 
 TEACHER, STUDENT = "teacher GEMINI", "guided student"
 UNGUIDED, CLASSIFIER = "student without distillation", "cross-entropy classifier"
@@ -175,7 +174,7 @@ def score_all(config: KidneyConfig, data: Prepared, networks: Mapping[str, nn.Mo
 
 
 def build_gallery(config: KidneyConfig, data: Prepared, student: Student) -> Gallery:
-    """The student's gallery: the labelled training images, calibrated on the validation part where there is one."""
+    """The labelled training images, calibrated on the validation part where there is one."""
     from .gallery import Gallery, HeldOut
     from .predict import thumbnails
 
@@ -279,7 +278,8 @@ def _on_device(config: KidneyConfig, run: Run) -> KidneyConfig:
     device = run.torch_device() if run.device != "auto" else None
     if device is not None and device.index:
         raise ConfigError(
-            f"--device {run.device}: training takes the first devices that are visible; set CUDA_VISIBLE_DEVICES={device.index}"
+            f"--device {run.device}: training takes the first devices that are visible; set "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
         )
     accelerator = config.train.accelerator if device is None else device.type
     return replace(config, train=replace(config.train, seed=run.seed, accelerator=accelerator))
@@ -299,11 +299,12 @@ def _parts(data: Prepared) -> dict[str, Any]:
 def _row(name: str, row: Scored, facts: Mapping[str, Any], config: KidneyConfig) -> ModelRow:
     from .report import ModelRow
 
+    steps = f"{facts['steps']} steps"
     notes = {
         TEACHER: f"{len(config.teacher.branches)} branches, {facts['steps']} episodes; frozen afterwards",
-        STUDENT: f"{config.distill.metric_loss} and {config.distill.method} distillation, {facts['steps']} steps",
-        UNGUIDED: f"{config.distill.metric_loss} alone, {facts['steps']} steps, same batches of labelled images",
-        CLASSIFIER: f"softmax on the same backbone, {facts['steps']} steps, same batches of labelled images",
+        STUDENT: f"{config.distill.metric_loss} and {config.distill.method} distillation, {steps}",
+        UNGUIDED: f"{config.distill.metric_loss} alone, {steps}, same batches of labelled images",
+        CLASSIFIER: f"softmax on the same backbone, {steps}, same batches of labelled images",
     }
     roles = {TEACHER: "teacher", STUDENT: "student", UNGUIDED: "baseline", CLASSIFIER: "baseline"}
     return ModelRow(name=name, role=roles[name], scores=row.scores, note=notes[name])  # type: ignore[arg-type]
@@ -390,8 +391,8 @@ def _notes(config: KidneyConfig, data: Prepared) -> list[str]:
     notes = list(dict.fromkeys((*data.train.notes, *data.test.notes)))
     if len(data.pool):
         notes.append(
-            f"teacher and guided student also saw {len(data.pool)} training images without their labels; the two "
-            "baselines did not"
+            f"teacher and guided student also saw {len(data.pool)} training images without their labels; "
+            "the two baselines did not"
         )
     if data.leakage.duplicates:
         notes.append(f"leakage check: {data.leakage.summary()}")
@@ -432,8 +433,8 @@ def _save(
     )
     card = (
         f"# Kidney-stone student\n\n{simulated}"
-        f"{config.model.backbone} of width {config.model.width}, {config.model.dim} dimensions, distilled from "
-        f"GEMINI ({config.distill.method}). Classes: {', '.join(data.classes)}.\n\n"
+        f"{config.model.backbone} of width {config.model.width}, {config.model.dim} dimensions, "
+        f"distilled from GEMINI ({config.distill.method}). Classes: {', '.join(data.classes)}.\n\n"
         f"Accuracy on {len(data.test)} test images (split by {config.data.split}): {accuracy['estimate']:.3f}"
         + (f" [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" if accuracy["low"] is not None else "")
         + ".\n\nNot a medical device.\n"

@@ -1,11 +1,13 @@
-"""Batches for teacher and student: a labelled block and a block of images without labels, by rule of position.
+"""Batches for teacher and student: a labelled block and a block of images without labels, by rule of
+position.
 
-Every list of indices that a sampler yields is laid out the same way, so that the losses cut a batch by position:
+Every list of indices that a sampler yields is laid out the same way, so that the losses cut a batch by
+position:
 
     labelled block | images without labels | the same images without labels again
 
-Indices refer to the labelled collection followed by the unlabelled one. Each appearance of an image gets its own
-window and augmentation, since the loader seeds a sample by its position in the epoch.
+Indices refer to the labelled collection followed by the unlabelled one. Each appearance of an image gets
+its own window and augmentation, since the loader seeds a sample by its position in the epoch.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ class Layout:
 class EpisodeSampler:
     """N-way K-shot episodes whose support and query images differ, and a share of the pool.
 
-    Where a class has fewer than K + Q images, it is cut in the ratio K : Q (at least one image on each side) and
-    images appear several times, in different windows; a class with one image is support and query at once.
+    Where a class has fewer than K + Q images, it is cut in the ratio K : Q (at least one image on each
+    side) and images appear several times, in different windows; a class with one image is support and query
+    at once.
 
     Args:
         labels: class number of each labelled image [M]; each of 0 … C−1 must occur.
         layout: sizes; `support` is K, `per_class` K + Q, `classes` N (all classes where it equals C).
-        pool: number of images without labels, whose indices follow the labelled ones. The labelled images join
-            the pool.
+        pool: number of images without labels, whose indices follow the labelled ones. The labelled images
+            join the pool.
         seed: with the epoch it decides everything.
         length: batches of an epoch.
         replicas: how many layouts a batch holds, one for each process.
@@ -63,7 +66,14 @@ class EpisodeSampler:
     """
 
     def __init__(
-        self, labels: Sequence[int], layout: Layout, *, pool: int, seed: int, length: int = 100, replicas: int = 1
+        self,
+        labels: Sequence[int],
+        layout: Layout,
+        *,
+        pool: int,
+        seed: int,
+        length: int = 100,
+        replicas: int = 1,
     ) -> None:
         self.members = [np.flatnonzero(np.asarray(labels) == c) for c in range(max(labels, default=-1) + 1)]
         empty = [c for c, rows in enumerate(self.members) if not len(rows)]
@@ -117,7 +127,14 @@ class GuidedSampler:
     """
 
     def __init__(
-        self, labels: Sequence[int], layout: Layout, *, pool: int, seed: int, length: int = 100, replicas: int = 1
+        self,
+        labels: Sequence[int],
+        layout: Layout,
+        *,
+        pool: int,
+        seed: int,
+        length: int = 100,
+        replicas: int = 1,
     ) -> None:
         from pytorch_metric_learning.samplers import MPerClassSampler
 
@@ -138,7 +155,8 @@ class GuidedSampler:
     def __iter__(self) -> Iterator[list[int]]:
         from pytorch_metric_learning.utils import common_functions
 
-        # The library draws from a module-level generator that it documents as replaceable; it is put back at once.
+        # The library draws from a module-level generator that it documents as replaceable; it is put back at
+        # once.
         before = common_functions.NUMPY_RANDOM
         common_functions.NUMPY_RANDOM = np.random.RandomState((self.seed * 1_000_003 + self._epoch) % 2**32)
         try:

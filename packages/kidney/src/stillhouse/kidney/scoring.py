@@ -49,7 +49,9 @@ def labels_of(collection: Collection, classes: Sequence[str]) -> Tensor:
     return torch.tensor([numbers.get(label, -1) for label in collection.labels], dtype=torch.int64)
 
 
-def embeddings_of(config: KidneyConfig, network: nn.Module, collection: Collection, *, fused: bool = True) -> Tensor:
+def embeddings_of(
+    config: KidneyConfig, network: nn.Module, collection: Collection, *, fused: bool = True
+) -> Tensor:
     """Embeddings of a collection as the configuration shows it: [N, d], or [N · crops, d] when not fused."""
     data = config.data
     return embed(
@@ -63,7 +65,13 @@ def embeddings_of(config: KidneyConfig, network: nn.Module, collection: Collecti
 
 
 def score_embedding(
-    config: KidneyConfig, network: nn.Module, train: Collection, test: Collection, classes: Sequence[str], *, tau: float
+    config: KidneyConfig,
+    network: nn.Module,
+    train: Collection,
+    test: Collection,
+    classes: Sequence[str],
+    *,
+    tau: float,
 ) -> Scored:
     """Score a network that embeds: prototypes and neighbours are the labelled training images.
 
@@ -85,7 +93,8 @@ def score_embedding(
 def score_classifier(
     config: KidneyConfig, network: Classifier, train: Collection, test: Collection, classes: Sequence[str]
 ) -> Scored:
-    """Score the cross-entropy baseline: accuracy, recall and calibration by its softmax, retrieval by its features.
+    """Score the cross-entropy baseline: accuracy, recall and calibration by its softmax, retrieval by its
+    features.
 
     An image's answer is the mean softmax of its windows.
     """
@@ -94,7 +103,8 @@ def score_classifier(
     softmax = _View(lambda images: network(images).softmax(-1), network)
     windows = embeddings_of(config, softmax, test, fused=False)
     answers = windows.view(len(test), config.data.crops, -1).mean(dim=1)
-    # The class whose corner of the simplex is nearest is the most probable one, so that the same code scores it.
+    # The class whose corner of the simplex is nearest is the most probable one, so that the same code scores
+    # it.
     corners = torch.eye(len(classes))
     labels = labels_of(test, classes)
     own = _scored(
@@ -141,11 +151,15 @@ def _scored(
 ) -> Scored:
     options = config.evaluate
     stones = [item.stone for item in test.items] if test.stone_known else None
-    views = {} if train is None else {
-        "views": [item.view for item in test.items],
-        "gallery_views": [item.view for item in train.items],
-        "gallery_groups": [item.stone for item in train.items] if train.stone_known else None,
-    }
+    views: dict[str, Any] = (
+        {}
+        if train is None
+        else {
+            "views": [item.view for item in test.items],
+            "gallery_views": [item.view for item in train.items],
+            "gallery_groups": [item.stone for item in train.items] if train.stone_known else None,
+        }
+    )
     scores = evaluate_embeddings(
         query,
         labels,

@@ -55,6 +55,11 @@ class StudentConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be an integer of at least 1")
 
 
+def trunk_features(backbone: str, width: int) -> int:
+    """Number of pooled features of a trunk: 2048 for the standard ResNet-50, 512 for the smaller ones."""
+    return 8 * width * (4 if _LAYERS[backbone][0] == "bottleneck" else 1)
+
+
 class Trunk(nn.Module):
     """A MONAI ResNet up to its pooled features.
 
@@ -83,7 +88,7 @@ class Trunk(nn.Module):
             bias_downsample=False,
             feed_forward=False,
         )
-        self.features = 8 * width * (4 if block == "bottleneck" else 1)
+        self.features = trunk_features(backbone, width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features [B, `features`] of images [B, 3, H, W]."""
@@ -110,8 +115,10 @@ class Student(nn.Module):
         self.head = nn.Linear(self.trunk.features, config.dim)
 
     def features(self, images: Tensor) -> Tensor:
-        """Embedding before its length is made 1, [B, dim]: what RKD compares (on the sphere its freedom of scale
-        and shift is gone; our reading)."""
+        """Embedding before its length is made 1, [B, dim]: what RKD compares.
+
+        On the sphere RKD's freedom of scale and shift is gone (our reading).
+        """
         return self.head(self.trunk(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -149,7 +156,9 @@ def load_imagenet_weights(trunk: Trunk, path: str | Path) -> int:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a local file with the weights of the backbone (model.weights)")
+        raise DataError(
+            f"{path}: no such file; give a local file with the weights of the backbone (model.weights)"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -157,18 +166,26 @@ def load_imagenet_weights(trunk: Trunk, path: str | Path) -> int:
             given = load_file(path)
         else:
             given = torch.load(path, map_location="cpu", weights_only=True)
-        given = {str(k): v for k, v in given.items() if isinstance(v, Tensor) and not str(k).startswith("fc.")}
+        given = {
+            str(k): v for k, v in given.items() if isinstance(v, Tensor) and not str(k).startswith("fc.")
+        }
     except Exception as error:  # every reader has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: is no readable state dict ({reason}); give safetensors or a torch state dict") from error
+        raise DataError(
+            f"{path}: is no readable state dict ({reason}); give safetensors or a torch state dict"
+        ) from error
     wanted = trunk.net.state_dict()
     missing = sorted(set(wanted) - set(given))
     wrong = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]
     if missing or wrong:
-        first = f"{missing[0]} is missing" if missing else (
-            f"{wrong[0]} is {tuple(given[wrong[0]].shape)}, the network has {tuple(wanted[wrong[0]].shape)}"
+        first = (
+            f"{missing[0]} is missing"
+            if missing
+            else (f"{wrong[0]} is {tuple(given[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}")
         )
-        raise DataError(f"{path}: does not fit the backbone ({first}); standard weights need width 64, stem 'imagenet'")
+        raise DataError(
+            f"{path}: does not fit the backbone ({first}); standard weights need width 64, stem 'imagenet'"
+        )
     trunk.net.load_state_dict({k: given[k] for k in wanted})
     return len(wanted)
 

@@ -1,8 +1,8 @@
 """GEMINI: a multi-branch teacher trained episodically, then frozen (arXiv 2307.07046; parent 2206.02029).
 
-The paper calls it a multi-branch model inspired by few-shot learning that generates a reduced hypothesis space
-from prior knowledge in the labelled data. How many branches, their loss and their fusion are not public. Our
-reading:
+The paper calls it a multi-branch model inspired by few-shot learning that generates a reduced hypothesis
+space from prior knowledge in the labelled data. How many branches, their loss and their fusion are not
+public. Our reading:
 
 - branches share a trunk (or have their own) and end in one embedding head each;
 - a "class" branch is trained on N-way K-shot episodes of the labelled images with the prototypical loss, an
@@ -10,9 +10,9 @@ reading:
   knowledge that needs no labels;
 - L_T = Σ_b CE(p_b) + λ_div · CKA between branches;
 - the posterior is the mean of the branches' posteriors, the embedding their concatenation;
-- images without labels join through targets that the teacher makes itself: the mean posterior of an image over
-  its windows and over time, divided by the mean over all images (so that no class swallows the others) and
-  sharpened. `refine = 0` switches that off.
+- images without labels join through targets that the teacher makes itself: the mean posterior of an image
+  over its windows and over time, divided by the mean over all images (so that no class swallows the others)
+  and sharpened. `refine = 0` switches that off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stillhouse.core.train import Losses, Step
 
 from .hypothesis import hypothesis_logits, leave_one_out_logits, mean_posterior
 from .sampling import Layout
-from .student import Trunk
+from .student import Trunk, trunk_features
 
 if TYPE_CHECKING:
     from .config import ModelConfig, TeacherConfig
@@ -57,9 +57,9 @@ class Gemini(nn.Module):
         self.trunks = nn.ModuleList(
             Trunk(model.teacher_backbone, model.teacher_width, model.stem) for _ in range(count)
         )
-        self.heads = nn.ModuleList(
-            nn.Linear(self.trunks[i % count].features, model.teacher_dim) for i in range(len(branches))
-        )
+        features = trunk_features(model.teacher_backbone, model.teacher_width)
+        self.heads = nn.ModuleList(nn.Linear(features, model.teacher_dim) for _ in branches)
+        self.dim = model.teacher_dim
 
     def raw_branches(self, images: Tensor) -> list[Tensor]:
         """Embedding of each branch before its length is made 1, [B, teacher_dim]."""
@@ -76,15 +76,21 @@ class Gemini(nn.Module):
 
 
 def teacher_posterior(
-    branches: Sequence[Tensor], queries: Tensor, support: Tensor, labels: Tensor, num_classes: int, *, tau: float
+    branches: Sequence[Tensor],
+    queries: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    tau: float,
 ) -> Tensor:
     """log p_T of some rows of a batch over the prototypes of others.
 
     Args:
         branches: embeddings of each branch for the whole batch, [B, d].
         queries: rows to ask about [Q].
-        support: rows of the support [S]; where `queries` is the support itself, each row is left out of its own
-            prototype.
+        support: rows of the support [S]; where `queries` is the support itself, each row is left out of its
+            own prototype.
         labels: class of each support row [S].
         num_classes: C.
         tau: temperature.
@@ -125,9 +131,8 @@ class GeminiDistiller:
     ) -> None:
         self.network, self.config, self.layout, self.num_classes = network, config, layout, num_classes
         self._class_branches = [i for i, name in enumerate(network.groupings) if name == "class"]
-        dim = network.heads[0].out_features
-        classify = nn.ModuleList(nn.Linear(dim, num_classes) for _ in self._class_branches)
-        self.parts = nn.ModuleDict({"network": network, "classify": classify})
+        self._classify = nn.ModuleList(nn.Linear(network.dim, num_classes) for _ in self._class_branches)
+        self.parts = nn.ModuleDict({"network": network, "classify": self._classify})
         self._labels = torch.as_tensor(labels)
         self._targets = torch.zeros(len(self._labels), num_classes)
         self._seen = torch.zeros(len(self._labels), dtype=torch.bool)
@@ -149,7 +154,9 @@ class GeminiDistiller:
         raw = self.network.raw_branches(batch["image"])
         size = self.layout.size
         if len(batch["label"]) % size:
-            raise ValueError(f"batch of {len(batch['label'])} images; it must be a multiple of the layout's {size}")
+            raise ValueError(
+                f"batch of {len(batch['label'])} images; it must be a multiple of the layout's {size}"
+            )
         parts = [
             self._episode(
                 [z[start : start + size] for z in raw],
@@ -174,9 +181,14 @@ class GeminiDistiller:
         layout, config = self.layout, self.config
         branches = [F.normalize(z, dim=1) for z in raw]
         support, query = episode_rows(layout, labels.device)
-        _, own = torch.unique(labels[: layout.labelled], return_inverse=True)  # classes of this episode: 0 … N−1
+        _, own = torch.unique(
+            labels[: layout.labelled], return_inverse=True
+        )  # classes of this episode: 0 … N−1
         terms = {"episode": labels.new_zeros((), dtype=torch.float32)}
-        pool = slice(layout.labelled, layout.labelled + layout.pool), slice(layout.labelled + layout.pool, layout.size)
+        pool = (
+            slice(layout.labelled, layout.labelled + layout.pool),
+            slice(layout.labelled + layout.pool, layout.size),
+        )
         for grouping, z in zip(self.network.groupings, branches, strict=True):
             if grouping == "class":
                 logits = hypothesis_logits(z[query], z[support], own[support], layout.classes, tau=config.tau)
@@ -188,7 +200,7 @@ class GeminiDistiller:
             terms["classify"] = torch.stack(
                 [
                     F.cross_entropy(head(raw[i][: layout.labelled]), known, label_smoothing=config.smoothing)
-                    for head, i in zip(self.parts["classify"], self._class_branches, strict=True)
+                    for head, i in zip(self._classify, self._class_branches, strict=True)
                 ]
             ).sum()
         if config.diversity > 0 and len(branches) > 1:
@@ -219,9 +231,13 @@ class GeminiDistiller:
             head(raw[i][rows]).float().log_softmax(-1)
             if config.classify_weight > 0
             else hypothesis_logits(
-                branches[i][rows], branches[i][support].detach(), labels[support], self.num_classes, tau=config.tau
+                branches[i][rows],
+                branches[i][support].detach(),
+                labels[support],
+                self.num_classes,
+                tau=config.tau,
             ).log_softmax(-1)
-            for head, i in zip(self.parts["classify"], self._class_branches, strict=True)
+            for head, i in zip(self._classify, self._class_branches, strict=True)
         ]
         with torch.no_grad():
             posterior = mean_posterior(logs).exp()
@@ -242,7 +258,9 @@ class GeminiDistiller:
         target = (self._targets[mine] / prior) ** _SHARPEN
         target = target / target.sum(-1, keepdim=True)
         known = self._labels[mine]
-        target = torch.where(known[:, None] >= 0, F.one_hot(known.clamp_min(0), self.num_classes).float(), target)
+        target = torch.where(
+            known[:, None] >= 0, F.one_hot(known.clamp_min(0), self.num_classes).float(), target
+        )
         sure = (target.amax(-1) > config.refine_confidence).float()
         device = next(self.network.parameters()).device
         return target.to(device), sure.to(device)

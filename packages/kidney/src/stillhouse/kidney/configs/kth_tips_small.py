@@ -1,7 +1,7 @@
 """KTH-TIPS grey textures with five labelled images a class, cut by image group; minutes on two CPU cores.
 
-Set data.path to the folder with the ten class folders. The training images without labels (40 a class) are seen by
-the teacher and, through it, by the guided student; `--set data.pool=false` takes them away.
+Set data.path to the folder with the ten class folders. The training images without labels (40 a class) are
+seen by the teacher and, through it, by the guided student; `--set data.pool=false` takes them away.
 """
 
 data = dict(
@@ -17,7 +17,9 @@ data = dict(
     augment="window",
     window=(0.25, 0.85),
 )
-model = dict(backbone="resnet10", width=16, dim=64, teacher_backbone="resnet10", teacher_width=32, teacher_dim=64)
+model = dict(
+    backbone="resnet10", width=16, dim=64, teacher_backbone="resnet10", teacher_width=32, teacher_dim=64
+)
 teacher = dict(steps=400, lr=3e-3, branches=("class", "image"), shots=5, queries=5, pool=48)
 distill = dict(method="hypothesis", per_class=5, pool=48)
 optim = dict(name="adamw", lr=3e-3, weight_decay=1e-4, warmup_steps=20)

@@ -1,8 +1,8 @@
 """Endoscopic patches on GPUs: ResNet-50 from ImageNet weights, 256-pixel patches, batch 64 to 128.
 
-Set data.path to a folder `<root>/<view>/<split>/<class>/` or a manifest, and model.weights to a local file with
-ImageNet weights. ResNet-50, the patch size and the augmentation are the papers'; the rest is our reading, since the
-recipe of the paper is not public.
+Set data.path to a folder `<root>/<view>/<split>/<class>/` or a manifest, and model.weights to a local file
+with ImageNet weights. ResNet-50, the patch size and the augmentation are the papers'; the rest is our
+reading, since the recipe of the paper is not public.
 """
 
 data = dict(
@@ -24,7 +24,9 @@ model = dict(
     teacher_dim=512,
     teacher_trunk="separate",
 )
-teacher = dict(steps=20000, lr=1e-4, branches=("class", "class"), shots=10, queries=15, pool=0, refine=0.0, diversity=0.1)
+teacher = dict(
+    steps=20000, lr=1e-4, branches=("class", "class"), shots=10, queries=15, pool=0, refine=0.0, diversity=0.1
+)
 distill = dict(method="hypothesis", metric_loss="multi_similarity", per_class=16, pool=0, weight=1.0)
 optim = dict(name="adam", lr=1e-4, weight_decay=4e-4, schedule="cosine", warmup_steps=500)
 train = dict(

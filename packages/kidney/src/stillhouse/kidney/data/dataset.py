@@ -117,7 +117,7 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """Several samples at once, as a `DataLoader` asks for them: the augmentation then runs on the batch."""
+        """Several samples at once, as a `DataLoader` asks for them; augmented as one batch."""
         pairs = [key if isinstance(key, tuple) else (key, None) for key in keys]
         items, images = [], []
         for index, seed in pairs:

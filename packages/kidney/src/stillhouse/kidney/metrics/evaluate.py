@@ -321,7 +321,8 @@ def calibration_scores(
         temperature: τ that the logits were made with, for the record.
 
     Returns:
-        `temperature`, `ece`, `brier`, `nll`, `reliability`; None where there is only one class to choose from.
+        `temperature`, `ece`, `brier`, `nll`, `reliability`; None where there is only one class to choose
+    from.
     """
     from stillhouse.core.metrics import brier_score, negative_log_likelihood, reliability_curve
 
