@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -50,13 +51,19 @@ def test_there_is_no_drawer_for_odds_and_ends(root: Path, folders: Folders) -> N
     assert [path for path in python_files(root, folders) if path.stem in ("utils", "helpers", "misc")] == []
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """Parse a file once for all the tests here."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def sources(folders: Folders) -> list[Path]:
     return [path for folder in folders.values() for path in (folder / "src").rglob("*.py")]
 
 
 def test_every_module_says_what_it_is_and_defers_its_annotations(folders: Folders) -> None:
     for path in sources(folders):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         if not tree.body or "configs" in path.parts:
             continue
         assert ast.get_docstring(tree), f"{path}: no docstring"
@@ -68,7 +75,7 @@ def test_no_source_asserts_or_reads_pickles(folders: Folders) -> None:
     for path in sources(folders):
         if "testing" in path.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Assert):  # `assert x is not None` tells the type checker what is known
                 text = ast.unparse(node.test)
                 narrowing = re.fullmatch(r"[\w.]+ is not None", text)
@@ -85,6 +92,6 @@ def test_no_source_asserts_or_reads_pickles(folders: Folders) -> None:
 def test_init_files_re_export_explicitly(folders: Folders) -> None:
     for path in sources(folders):
         if path.name == "__init__.py":
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(tree_of(path)):
                 if isinstance(node, ast.ImportFrom):
                     assert "*" not in [alias.name for alias in node.names], f"{path}: a star import"
