@@ -156,7 +156,7 @@ def interrupted(strategy: str, folder: Path) -> dict[str, Any]:
     return {"stopped": stopped, "noise": whole.noise, "ends": (expected.checkpoint, result.checkpoint)}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_resume_on_two_processes_is_bit_equal(strategy: str, tmp_path: Path) -> None:
     first, second = run_ranks(interrupted, 2, strategy, tmp_path)
     assert first["stopped"]
@@ -209,6 +209,7 @@ def bad_rank() -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_stops_all_of_them() -> None:
     for message in run_ranks(bad_rank, 2):
         assert "role 'student' is not finite at step 2: term 'kd'" in message

@@ -439,6 +439,22 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("evaluate/accuracy")] == [(6, 0.25)]
 
 
+def test_tensorboard_forgets_what_a_killed_run_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Stop(Callback):
+        def on_step_end(self, trainer: Trainer, step: int) -> None:
+            if step == 6:
+                raise RuntimeError("the power went")
+
+    settings = config(steps=8, log_every=1, checkpoint_every=4)
+    with pytest.raises(RuntimeError, match="power"):
+        Trainer(settings, out=tmp_path, callbacks=[Stop()]).fit(ToyDistiller(), loader(), OptimConfig())
+    Trainer(settings, out=tmp_path).fit(ToyDistiller(), loader(), OptimConfig())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("student/total")] == list(range(1, 9))
+
+
 def small(kd: float, steps: int, accumulate: int = 1) -> list[str]:
     class Silent(ToyDistiller):
         def loss(self, role: str, batch: Any, step: Step) -> Losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import inspect
 import multiprocessing
@@ -58,8 +59,11 @@ def run_ranks(
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             environment = _environment(rank, world_size, store.port, threads)
+            limit = 0.9 * timeout
             process = context.Process(
-                target=_rank_main, args=(file, function.__name__, args, environment, sender), daemon=True
+                target=_rank_main,
+                args=(file, function.__name__, args, environment, limit, sender),
+                daemon=True,
             )
             process.start()
             sender.close()
@@ -159,9 +163,15 @@ def _collect(pipes: Sequence[Connection], end: float, timeout: float) -> list[An
 
 
 def _rank_main(
-    file: str, name: str, args: tuple[Any, ...], environment: Mapping[str, str], sender: Connection
+    file: str,
+    name: str,
+    args: tuple[Any, ...],
+    environment: Mapping[str, str],
+    limit: float,
+    sender: Connection,
 ) -> None:
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(limit)  # a rank that hangs shows where, before it is killed
     try:
         import torch
 
@@ -181,4 +191,5 @@ def _rank_main(
     finally:
         if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
             sys.modules["torch"].distributed.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
         sender.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from ..losses.term import RatioWatch
 from .contract import NonFiniteLossError
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ class RunLog:
         self._watches: dict[str, RatioWatch] = {}
         self._warned: set[tuple[str, str]] = set()
         self._file = None
-        self._board: SummaryWriter | None = None
+        self._board: EventFileWriter | None = None
         if out is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             path = out / "log.jsonl"
             self.rows = _rows_until(path, step)
@@ -84,7 +85,9 @@ class RunLog:
             kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
             kept.replace(path)
             self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = EventFileWriter(str(out / "tensorboard"))
+            if step:
+                self._board.add_event(_purge_after(step))
 
     def add(
         self, step: int, role: str, values: dict[str, Tensor], weights: Mapping[str, float], task: str | None
@@ -203,8 +206,23 @@ class RunLog:
             prefix = row.get("role", "evaluate")
             numbers = {**row.get("evaluate", {}), **row.get("terms", {})}
             numbers.update({k: v for k, v in row.items() if k != "step" and isinstance(v, float)})
-            for name, value in numbers.items():
-                self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+            self._board.add_event(_scalars(row["step"], {f"{prefix}/{k}": v for k, v in numbers.items()}))
+
+
+def _scalars(step: int, values: Mapping[str, float]) -> Any:
+    """One TensorBoard event for a whole row: each event costs a hand-over to the writer's thread."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+    return Event(wall_time=time.time(), step=step, summary=summary)
+
+
+def _purge_after(step: int) -> Any:
+    """The event that tells TensorBoard to forget what a killed run wrote after a step."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    return Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -240,8 +240,7 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def _one_step(self, distiller: Distiller) -> None:
-        feed, device = self._feed, self._fabric.device
-        batches = [(feed.next(), feed.epoch) for _ in range(self.config.accumulate)]
+        batches = [(self._feed.next(), self._feed.epoch) for _ in range(self.config.accumulate)]
         num_items = self._count(distiller, [batch for batch, _ in batches])
         for name in distiller.roles(self.step):
             role = self._roles[name]
@@ -258,7 +257,7 @@ class Trainer:
                     micro=micro,
                     accumulate=len(batches),
                     num_items=num_items,
-                    device=device,
+                    device=self._fabric.device,
                     rank=self._fabric.global_rank,
                     world_size=self._fabric.world_size,
                     update=role.updates,
