@@ -206,6 +206,21 @@ def test_the_episode_loss_is_the_cross_entropy_of_the_queries() -> None:
     torch.testing.assert_close(got.total, F.cross_entropy(logits, batch["label"][query]))
 
 
+def test_the_classifier_of_a_branch_is_smoothed_cross_entropy_and_is_thrown_away() -> None:
+    config = TeacherConfig(
+        branches=("class",), pool=0, refine=0.0, episode_weight=0.0, classify_weight=2.0, smoothing=0.1
+    )
+    layout = replace(LAYOUT, pool=0)
+    distiller = GeminiDistiller(_teacher(("class",)), config, layout, num_classes=3, labels=[0, 1, 2] * 4)
+    batch = _batch(layout)
+    got = distiller.loss("teacher", batch, _step(role="teacher"))
+    (raw,) = distiller.network.raw_branches(batch["image"])
+    log = distiller._classify[0](raw).log_softmax(-1)
+    target = 0.9 * F.one_hot(batch["label"], 3) + 0.1 / 3
+    torch.testing.assert_close(got.total, -2.0 * (target * log).sum(-1).mean())
+    assert not any("classify" in name for name in distiller.network.state_dict())
+
+
 def test_two_layouts_in_a_batch_give_the_mean_of_their_losses() -> None:
     distiller = _gemini(TeacherConfig(refine=0.0, diversity=0.3))
     distiller.network.eval()  # batch normalisation would mix the two
@@ -260,8 +275,8 @@ def test_refinement_waits_for_its_start_and_survives_a_resume() -> None:
 def test_branches_that_are_alike_are_told_apart_by_cka() -> None:
     a = torch.randn(20, 4, requires_grad=True)
     b = torch.randn(20, 4, requires_grad=True)
-    assert float(mutual_cka(a, a)) == pytest.approx(1.0, abs=1e-5)
-    assert float(mutual_cka(a, b)) < 0.7
+    assert mutual_cka(a, a).item() == pytest.approx(1.0, abs=1e-5)
+    assert mutual_cka(a, b).item() < 0.7
     assert_gradient(mutual_cka(a, b), [a, b])
 
 

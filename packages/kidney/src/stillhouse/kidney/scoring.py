@@ -132,6 +132,7 @@ class _View(nn.Module):
         super().__init__()
         self.network = network
         self._function = function
+        self.train(network.training)
 
     def forward(self, images: Tensor) -> Tensor:
         return self._function(images)
