@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.core.config import load_config, list_presets
+from stillhouse.core.config import list_presets, load_config
 from stillhouse.core.testing import run_ranks, run_script
 from stillhouse.kidney.cli import main
 from stillhouse.kidney.config import KidneyConfig
@@ -100,7 +100,17 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     finished: Path, tiny_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    command = ["-m", "stillhouse.kidney", "train", "--config", str(tiny_file), "--out", str(out), "--seed", "3"]
+    command = [
+        "-m",
+        "stillhouse.kidney",
+        "train",
+        "--config",
+        str(tiny_file),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+    ]
     at = np.random.default_rng().choice(["teacher", "guided"])
 
     def far_enough() -> bool:
@@ -117,7 +127,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
 
 
 def _teacher_weights(replicas: int) -> dict[str, Any]:
-    """Weights of a teacher after some steps, as plain lists; each rank of two, or one process with both parts."""
+    """Weights of a teacher after some steps, of each of two ranks or of one process with both parts."""
     torch.use_deterministic_algorithms(True)
     config = load_config(KidneyConfig, TINY)
     config = replace(config, teacher=replace(config.teacher, steps=3, refine=1.0, refine_start=0.0, pool=3))
@@ -174,7 +184,9 @@ def test_shuffled_teacher_is_worse_than_none_and_the_true_one_is_not() -> None:
 
 
 def test_a_patch_split_warns_and_leaks(tiny_file: Path) -> None:
-    config = load_config(KidneyConfig, {**TINY, "data": {**TINY["data"], "split": "patch", "patches_per_fragment": 3}})
+    config = load_config(
+        KidneyConfig, {**TINY, "data": {**TINY["data"], "split": "patch", "patches_per_fragment": 3}}
+    )
     with pytest.warns(UserWarning, match="patch-level"):
         data = prepare(config, seed=0)
     assert not data.leakage.ok
@@ -202,7 +214,9 @@ def test_every_preset_is_a_configuration() -> None:
 
 
 def test_the_pool_is_for_teacher_and_guided_student_only() -> None:
-    config = load_config(KidneyConfig, {**TINY, "data": {**TINY["data"], "shots": 2, "patches_per_fragment": 2}})
+    config = load_config(
+        KidneyConfig, {**TINY, "data": {**TINY["data"], "shots": 2, "patches_per_fragment": 2}}
+    )
     data = prepare(config, seed=0)
     assert isinstance(data, Prepared)
     assert set(data.train.labels) == set(data.classes)
