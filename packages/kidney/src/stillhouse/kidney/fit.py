@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stillhouse.core.config import to_dict
-from stillhouse.core.errors import DataError
+from stillhouse.core.errors import ConfigError, DataError
 from stillhouse.core.run import world_size
 from stillhouse.core.train import Distiller, FitResult, OptimConfig, SeededLoader, TrainConfig, Trainer
 
@@ -49,7 +49,14 @@ def with_trainer(
     out: Path | None,
     quiet: bool | None,
 ) -> FitResult:
-    """Train with the core's `Trainer`: the engine of every step here unless another one is given."""
+    """Train with the core's `Trainer`: the engine of every step here unless another one is given.
+
+    Raises:
+        ConfigError: the strategy is fsdp2. Sharded networks cannot be scored by one process, and these fit into
+            any GPU many times over.
+    """
+    if train.strategy == "fsdp2":
+        raise ConfigError("train.strategy is 'fsdp2'; these networks are small: use 'ddp' (or 'auto')")
     return Trainer(train, out=out, quiet=quiet).fit(distiller, loader, optim)
 
 
