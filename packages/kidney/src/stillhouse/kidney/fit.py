@@ -52,8 +52,8 @@ def with_trainer(
     """Train with the core's `Trainer`: the engine of every step here unless another one is given.
 
     Raises:
-        ConfigError: the strategy is fsdp2. Sharded networks cannot be scored by one process, and these fit into
-            any GPU many times over.
+        ConfigError: the strategy is fsdp2. Sharded networks cannot be scored by one process, and these fit
+            into any GPU many times over.
     """
     if train.strategy == "fsdp2":
         raise ConfigError("train.strategy is 'fsdp2'; these networks are small: use 'ddp' (or 'auto')")
