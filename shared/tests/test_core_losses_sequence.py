@@ -245,6 +245,45 @@ def test_token_that_the_teacher_excludes():
     assert torch.autograd.grad(loss, full_q)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("gradient", ["score", "direct"])
+def test_a_token_that_the_teacher_excludes_spoils_no_other(gradient):
+    logits = torch.tensor([[0.5, 1.0], [2.0, 0.0]])
+    log_p = torch.tensor([-INF, -1.0])
+    for estimator in SAMPLED:
+        student = logits.clone().requires_grad_()
+        log_q = student.log_softmax(-1)[:, 0]
+        loss = on_policy_kl(log_q, log_p, estimator=estimator, gradient=gradient)
+        assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_a_token_that_the_student_excludes_weighs_nothing(estimator):
+    log_q = torch.tensor([-INF, -1.0], requires_grad=True)
+    behaviour = torch.tensor([-0.5, -1.0])
+    for log_p in (torch.tensor([-2.0, -1.5]), torch.tensor([-INF, -1.5])):
+        options = {"estimator": estimator, "behaviour_logp": behaviour, "reduction": "none"}
+        rows = on_policy_kl(log_q, log_p, **options)
+        assert rows[0] == 0
+        torch.testing.assert_close(
+            rows[1:], on_policy_kl(log_q[1:], log_p[1:], **options | {"behaviour_logp": behaviour[1:]})
+        )
+        gradient = torch.autograd.grad(rows.sum(), log_q)[0]
+        assert gradient[0] == 0
+        assert gradient[1] != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_where_rounding_takes_the_teachers_tail(dtype):
+    student = torch.tensor([[3.0, 1.0, 2.0, 0.0]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[60.0, 30.0, 0.0, 0.0]], dtype=dtype)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    bound = on_policy_kl(log_q[:, :2], log_p[:, :2], estimator="topk")
+    assert 0 < bound < on_policy_kl(log_q, log_p, estimator="full")
+    gradient = torch.autograd.grad(bound, student)[0]
+    assert gradient.isfinite().all()
+    assert (gradient[0, 2:] > 0).all()  # a step downhill takes from the tail
+
+
 def test_topk_with_all_the_mass():
     log_q = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
     loss = on_policy_kl(log_q, torch.tensor([[0.25, 0.5]]).log(), estimator="topk")

@@ -5,6 +5,7 @@ Legend: B sequences, L positions, V vocabulary; q the student's and p the teache
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -41,8 +42,7 @@ def causal_shift(
 
     Relations:
         Pass teacher logits through it with the same labels; give the mask to any loss of this package.
-        Nothing
-        else shifts: a loss compares the rows it is given.
+        Nothing else shifts: a loss compares the rows it is given.
 
     Example:
         >>> import torch
@@ -94,15 +94,17 @@ def on_policy_kl(
             (exact), "topk" (a lower bound of the exact value; the gradient is that of the bound).
         gradient: "score", or "direct" for the derivative of the value as it stands. Only for k1, k2, k3.
         behaviour_logp: [...], log-probability of y under the policy that sampled it, when that is not the
-            current
-            student: value and gradient are weighted by q/behaviour (not clipped, no gradient). Only for
-                k1, k2, k3.
+            current student: value and gradient are weighted by q/behaviour (not clipped, no gradient). Only
+            for k1, k2, k3.
         mask: bool, True = the token counts; of shape [...].
         reduction: "none", "token_mean", "sum" or "batch_mean", see `forward_kl`.
         num_items: count that replaces the local one in "token_mean".
 
     Returns:
-        A scalar, or [...] for "none". +inf where the teacher gives a sampled token probability zero.
+        A scalar, or [...] for "none". +inf where the teacher gives a sampled token probability zero; k3
+        overflows to +inf, in its "direct" gradient too, where p/q does (e^88 in float32). A token to which
+        the student itself gives probability zero weighs nothing. With "topk" the teacher's tail counts with
+        at least the rounding unit of the dtype, since a smaller one cannot be told from none.
 
     Raises:
         ValueError: unknown estimator or gradient, shapes differ, an option that the estimator does not
@@ -145,14 +147,20 @@ def on_policy_kl(
     if sampled:
         pair = valid_rows(mask, student_logp[..., None], teacher_logp[..., None])
         log_q, log_p = (x[..., 0] for x in upcast(*pair))
+        impossible = log_q == -INF  # weight q = 0, and −inf − (−inf) would be NaN
+        log_q, log_p = (x.masked_fill(impossible, 0.0) for x in (log_q, log_p))
         values = _sampled(log_q, log_p, estimator, gradient)
         if behaviour_logp is not None:
             (behaviour,) = valid_rows(mask, behaviour_logp.detach()[..., None])
-            values = values * (log_q.detach() - behaviour[..., 0].to(log_q.dtype)).exp()
+            weight = (log_q.detach() - behaviour[..., 0].to(log_q.dtype)).exp()
+            values = (values * weight).masked_fill(impossible, 0.0)
     else:
         log_q, log_p = upcast(*valid_rows(mask, student_logp, teacher_logp))
         if estimator == "topk":
+            # A tail that rounding took away would make the value infinite; with the floor it stays a bound.
+            floor = math.log(torch.finfo(log_p.dtype).eps)
             log_q, log_p = _with_tail(log_q), _with_tail(log_p)
+            log_p = torch.cat((log_p[..., :-1], log_p[..., -1:].clamp_min(floor)), -1)
         values = ReverseKL().values(log_q, log_p)
     return reduce_rows(values, mask=mask, shape=shape, reduction=reduction, num_items=num_items)
 
@@ -163,7 +171,8 @@ def _sampled(log_q: Tensor, log_p: Tensor, estimator: str, gradient: str) -> Ten
     if estimator == "k1":
         values = -log_ratio
     elif estimator == "k2":
-        values = 0.5 * log_ratio.square()
+        excluded = log_p == -INF  # the value is +inf; r·∇log q would be infinite as well
+        values = 0.5 * log_ratio.masked_fill(excluded, 0.0).square().masked_fill(excluded, INF)
     else:
         values = torch.expm1(log_ratio) - log_ratio
     if gradient == "direct":
