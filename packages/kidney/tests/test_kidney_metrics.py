@@ -205,6 +205,12 @@ def test_lone_classes_leave_every_score() -> None:
         evaluate_embeddings(torch.zeros(1, 1), [2], torch.zeros(1, 1), [0], classes=("WW", "UA", "CYS"))
 
 
+def test_one_class_asked_and_always_answered_is_a_matrix_of_one() -> None:
+    gallery = torch.tensor([[0.0], [9.0]])
+    scores = evaluate_embeddings(torch.tensor([[0.1], [0.2]]), [0, 0], gallery, [0, 1], classes=("A", "B"))
+    assert scores["confusion"] == {"classes": ["A"], "counts": [[2]]}
+
+
 def test_all_right_still_has_a_width_and_one_stone_has_no_interval() -> None:
     embeddings, labels = torch.eye(2).repeat(5, 1), [0, 1] * 5
     result = evaluate_embeddings(

@@ -301,7 +301,8 @@ def _per_class(
         }
         for i in tested
     }
-    counts = confusion_matrix(true, guess, labels=shown)
+    # scikit-learn warns of a 1 × 1 matrix even where `labels` says so.
+    counts = confusion_matrix(true, guess, labels=shown) if len(shown) > 1 else np.array([[len(true)]])
     return {
         "macro_f1": float(np.mean([f1[i] for i in tested])),
         "per_class": per_class,
