@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json as _json
-import math
 import os
 import sys
 import time
@@ -59,19 +58,9 @@ def jsonable(value: Any) -> Any:
     >>> jsonable({"out": Path("a"), "auc": float("nan"), "shape": (1, 2)})
     {'out': 'a', 'auc': None, 'shape': [1, 2]}
     """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(item) for item in value]
-    if hasattr(value, "tolist"):
-        return jsonable(value.tolist())
-    raise TypeError(f"a result cannot hold a {type(value).__name__}; give plain values, paths or arrays")
+    from ._json import jsonable as convert  # NumPy with it: not before there is a result
+
+    return convert(value, where="the result", nonfinite="null", keys="text")
 
 
 class ProgressHandle:
