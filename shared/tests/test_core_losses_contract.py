@@ -275,6 +275,14 @@ def test_every_public_name_has_a_row():
     assert not registered & set(NOT_LOSSES)
 
 
+@pytest.mark.parametrize("name", sorted({loss.name for loss in LOSSES}))
+def test_docstring_says_shapes_and_shows_an_example(name):
+    text = inspect.getdoc(getattr(losses, name)) or ""
+    for part in ("Args:", "Example:", ">>>", "["):
+        assert part in text, f"{name} has no {part}"
+    assert "Returns:" in text or inspect.isclass(getattr(losses, name))
+
+
 # --- gradients
 
 

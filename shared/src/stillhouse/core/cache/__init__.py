@@ -1,18 +1,17 @@
 """Teacher outputs on disk: computed once, checked on every load, read by memory map.
 
-spec = CacheSpec(kind="topk", teacher="qwen2.5-7b", teacher_hash=weight_hash(teacher),
-vocabulary_hash=digest,
-                 vocab=151_665, k=64, temperatures=(1.0, 2.0), preprocessing_hash=settings_hash({"crop":
-                 224}))
+spec = CacheSpec(
+    kind="topk", teacher="qwen2.5-7b", teacher_hash=weight_hash(teacher), vocabulary_hash=digest,
+    vocab=151_665, k=64, temperatures=(1.0, 2.0), preprocessing_hash=settings_hash({"crop": 224}),
+)
 with TeacherCache.create("cache", spec) as writer:
     for ids, inputs in batches:
-        if writer.missing(ids):                        # all of them, or those that a killed run left
+        if writer.missing(ids):                    # all of them, or those that a killed run left
             writer.add(ids, teacher.signal(inputs))
     writer.finish()
 
-cache = TeacherCache.open("cache", expect=spec)        # another teacher, vocabulary or k: an error naming
-both signal = cache.lookup(["img_7", "img_3"]).signal       # SparseTeacher with rows in the order asked
-for
+cache = TeacherCache.open("cache", expect=spec)    # another teacher, vocabulary or k: an error naming both
+signal = cache.lookup(["img_7", "img_3"]).signal   # SparseTeacher with rows in the order asked for
 """
 
 from __future__ import annotations

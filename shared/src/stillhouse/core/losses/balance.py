@@ -1,4 +1,8 @@
-"""How the terms of an objective are combined: fixed weights, normalised weights, GradNorm, uncertainty."""
+"""How the terms of an objective are combined: fixed weights, normalised weights, GradNorm, uncertainty.
+
+When to use: fixed weights first; `SumNormalised` to keep the learning rate's meaning while weights change;
+`GradNorm` where one term starves the others, `Uncertainty` where weights are to be learnt with the network.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,10 @@
 (noise-contrastive estimation, another objective), `mi_alpha` is the family of mutual-information bounds
 between InfoNCE and NWJ.
 
+When to use: where the student's embedding must tell items apart. `info_nce` with batches of hundreds, `CRD`
+where batches are small and items can be numbered, `mi_alpha_loss` to trade the bias of the one for the
+variance of the other.
+
 Legend: B items, K rows of a square score matrix, D embedding width, M negatives.
 """
 

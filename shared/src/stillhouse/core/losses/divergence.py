@@ -6,6 +6,11 @@ p = softmax(teacher/T) and q = softmax(student/T) throughout, and every value is
 The gradients are closed forms (`_forms`), recomputed in the backward pass from the logits themselves: nothing
 of size N×V is kept between the passes, and temporaries stay within blocks of rows. A second derivative, a
 differentiable temperature and `log_input=True` go through ordinary autograd of the same formulas.
+
+When to use: `forward_kl` (`kd_loss`) is where to start; the student spreads over all that the teacher
+allows. A student too small for that does better with `reverse_kl` or a JSD, which let it choose, most of all
+on sequences that it wrote itself; the skew divergences and `tvd` are the bounded, calmer relatives for
+teachers and students that are far apart.
 """
 
 from __future__ import annotations

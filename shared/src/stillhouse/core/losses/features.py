@@ -4,6 +4,11 @@ Losses on positions of equal width (`hint_loss`, `cosine`, `pkd`) reduce like th
 transfer, MGD and CKA compare whole maps or batches. Where widths differ, project the student first; that
 projection must be trained.
 
+When to use: besides a logit loss, where the teacher's layers say more than its classes do: few labels, dense
+prediction, embeddings. `hint_loss` where a projection may be learnt, `cosine` and `pkd` for embeddings that
+are compared by angle, `attention_transfer` for convolutional maps of any width, `mgd` for detection and
+segmentation, `cka` where only the geometry of the batch should be shared.
+
 Legend: B items, C channels, H × W positions, D width.
 """
 

@@ -5,6 +5,9 @@ both sides, loss, gradient of the logits, and at once the gradients of hidden st
 those are kept. The backward pass scales them. Peak memory is two chunks of logits and the gradients, whatever
 the number of tokens.
 
+When to use: with a large vocabulary, where the logits of both sides are what fills the memory; with few
+classes the same losses on logits are simpler.
+
 Legend: N rows that count, H width of the hidden states, V vocabulary.
 """
 

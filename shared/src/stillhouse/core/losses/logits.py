@@ -1,5 +1,9 @@
 """Losses and transforms on logits that are not a divergence of the two distributions alone.
 
+When to use: `dkd` where the teacher is nearly certain and its ranking of the other classes would drown;
+`dist_loss` or `logit_standardization` where the teacher is much stronger, so that only its relations can be
+followed; `logit_mse` in place of a very high temperature; `taid_target` to walk from student to teacher.
+
 Legend: [..., V] logits, N rows that count. p = softmax(teacher/T), q = softmax(student/T).
 """
 

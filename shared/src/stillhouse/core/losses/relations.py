@@ -4,6 +4,11 @@ None of them asks student and teacher to have the same width. Distances and dire
 coordinate differences, not from a Gram matrix (which loses all digits for close points), and coincident
 points get gradient zero.
 
+When to use: for embeddings and retrieval, where only relations count and widths differ: `rkd_distance` and
+`rkd_angle` keep the geometry up to scale and rotation, `similarity_kl` who the neighbours are,
+`similarity_preserving` and `correlation_congruence` the similarities themselves; `attention_relation` for
+transformers with other widths and numbers of heads.
+
 Legend: B items in a batch, D width, L tokens, A relation heads.
 """
 

@@ -1,5 +1,9 @@
 """Token sequences: the causal shift, and the divergence on sequences that the student wrote itself.
 
+When to use: `causal_shift` before every token-level loss of a causal model; `on_policy_kl` on sequences that
+the student sampled, "full" where the teacher's whole distribution is at hand and a sampled estimator where a
+server gives the chosen tokens' log-probabilities only.
+
 Legend: B sequences, L positions, V vocabulary; q the student's and p the teacher's next-token distribution.
 """
 

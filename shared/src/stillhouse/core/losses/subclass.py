@@ -7,6 +7,9 @@ student learns. **The steps below are our reading**, without access to the full 
 the head, PCA per class, whitening and a random rotation, signed pairs, and the constraint that a class's
 subclasses sum to the teacher's class probability.
 
+When to use: with two or three classes and a teacher whose embedding is at hand; with many classes the logits
+carry more than the label themselves, and `forward_kl` is the simpler way.
+
 Legend: C classes, S subclasses per class, k directions per class, D width of the embedding, R rank of the
 head.
 """

@@ -1,4 +1,7 @@
-"""Weighted terms of a distillation objective, and the watch that notices a term which does nothing."""
+"""Weighted terms of a distillation objective, and the watch that notices a term which does nothing.
+
+When to use: as soon as an objective has more than one term, or a weight or temperature that changes.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ A `SparseTeacher` holds k ids with their *raw* logits and the logsumexp over the
 temperature that will be used. From these the probability of every kept token and the mass of all the
 others, the tail, are exact at those temperatures. Log-probabilities alone give that at T = 1 only.
 
+When to use: with a stored language-model teacher, whose full logits (V of 10⁵) do not fit on disk; with the
+full logits at hand `divergence.forward_kl` is exact.
+
 Legend: N rows that count, V vocabulary, k kept tokens; S the kept ids.
 """
 

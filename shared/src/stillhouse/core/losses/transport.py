@@ -1,5 +1,8 @@
 """Optimal transport between the predictions of a batch: Sinkhorn distances in the log domain (SinKD).
 
+When to use: besides a loss per sample, never alone: it compares two batches as sets, and adds how the
+predictions of a batch lie to each other.
+
 Legend: N student rows, M teacher rows, B rows of a batch (N = M = B), V classes or vocabulary.
 """
 

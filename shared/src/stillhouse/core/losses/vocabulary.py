@@ -4,6 +4,9 @@ Logit losses need column i to be the same token on both sides. Language-model he
 the tokenizer (151,936 and 152,064 columns for one tokenizer of 151,665 tokens), and an equal *size* says
 nothing about equal tokens. Filling the missing columns with zeros would give them real probability.
 
+When to use: `VocabAlignment` before any token-level loss between two language models; `uld_loss` only where
+it says "cross-tokenizer".
+
 Legend: V columns of a head, U shared tokens.
 """
 

@@ -1,11 +1,10 @@
 """The distance past which an image is called unknown, and the temperature of the confidence.
 
 Both come from known images seen as if their stone were new: the image's stone is left out of the references,
-    the prototypes are
-built again, and the distance to the nearest one is taken. The threshold is the quantile of *hierarchical*
-conformal prediction (Lee, Barber & Willett 2023, "Distribution-free inference with hierarchical data"):
-    stones are exchangeable, images of one stone are not,
-so every stone carries the same weight and one further, unseen stone carries infinite distance.
+the prototypes are built again, and the distance to the nearest one is taken. The threshold is the quantile of
+*hierarchical* conformal prediction (Lee, Barber & Willett 2023, "Distribution-free inference with
+hierarchical data"): stones are exchangeable, images of one stone are not, so every stone carries the same
+weight and one further, unseen stone carries infinite distance.
 """
 
 from __future__ import annotations
