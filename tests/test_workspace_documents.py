@@ -179,3 +179,26 @@ def test_rows_of_papers_point_at_code_and_tests() -> None:
             resolve(name)
         for test in tests:
             assert (ROOT / test).is_file(), f"{test} does not exist"
+
+
+def test_every_module_of_losses_has_a_page_and_says_when_to_use_it() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/losses/*.md"))
+    rows = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
+    folder = ROOT / "shared" / "src" / "stillhouse" / "core" / "losses"
+    modules = sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    assert len(modules) > 10
+    for path in modules:
+        assert re.search(rf"^::: {module_of(path)}$", pages, re.M), f"no page for {path.stem}"
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert "When to use:" in text, f"{path.stem} does not say when to use it"
+        if path.stem not in ("term", "vocabulary"):
+            exported = re.findall(
+                rf"^from \.{path.stem} import (\w+)", (folder / "__init__.py").read_text("utf-8"), re.M
+            )
+            assert any(f"`stillhouse.core.losses.{name}`" in rows for name in exported), path.stem
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in ROOT.glob("docs/**/*.md"):
+        assert f": {path.relative_to(ROOT / 'docs')}\n" in navigation, path.name
