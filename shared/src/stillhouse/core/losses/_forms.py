@@ -8,8 +8,7 @@ Every gradient with respect to u has one shape. With w_v = q_v · ∂L/∂q_v, t
 
 Support. An entry whose weight is exactly zero contributes zero, whatever stands beside it (0·∞ = 0). Where
 the divergence itself is infinite (mass of the first distribution where the second has none), the value is
-+inf and
-the gradient stays finite: forward KL keeps q − p, reverse KL gives that row a zero gradient.
++inf and the gradient stays finite: forward KL keeps q − p, reverse KL gives that row a zero gradient.
 """
 
 from __future__ import annotations

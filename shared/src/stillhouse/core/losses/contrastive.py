@@ -125,10 +125,9 @@ def mi_alpha(
             True (default; Poole et al.): over K − 1 candidates in both terms, leaving out one negative for
             the pairs and the positive for the non-pairs, so that the anchors of the second term are
             independent of the candidates. A valid bound at every α; at most log(K − 1) at α = 1.
-            False: over all K candidates, and the second mean runs over all K² entries, pairs included. At α =
-                1 this is
-            exactly log K − InfoNCE, at most log K; at α < 1 the pairs in the second term bias it (downwards
-            when pairs score higher than non-pairs).
+            False: over all K candidates, and the second mean runs over all K² entries, pairs included. At
+            α = 1 this is exactly log K − InfoNCE, at most log K; at α < 1 the pairs in the second term bias
+            it (downwards when pairs score higher than non-pairs).
 
     Returns:
         Scalar, in nats. Use its negative as a loss (`mi_alpha_loss`).

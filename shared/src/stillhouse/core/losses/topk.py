@@ -394,8 +394,7 @@ def topk_kl(
 
     Source:
         The bucket: the data-processing inequality for the map that merges the tail into one symbol. The
-            sampled
-        teacher: Anshumann et al., "Sparse Logit Sampling", ACL 2025.
+        sampled teacher: Anshumann et al., "Sparse Logit Sampling", ACL 2025.
 
     Relations:
         `forward_kl` is the case k = V. `fused_linear_kl` takes the same signal without student logits.

@@ -32,8 +32,7 @@ def combine_logits(
     - "prob_mean", "learned": ``T log Σ w_m p_m``. Its forward KL has the gradient of ``Σ w_m KL(p_m‖q)``.
     - "logit_mean": ``Σ w_m z_m``.
     - "log_prob_mean": ``T Σ w_m log p_m``, normalised: the geometric mean. As a distribution it equals
-    "logit_mean"; the
-      logits differ by a constant a row, which matters to losses on raw logits.
+      "logit_mean"; the logits differ by a constant a row, which matters to losses on raw logits.
     - "per_sample_route": row i comes from teacher ``route[i]``.
     - "min_entropy": each row comes from the teacher with the smallest entropy at T (the first of equals).
 

@@ -35,8 +35,7 @@ class RoleModule(nn.Module):
     """Owns the network of one role, and computes that role's loss in its forward.
 
     DDP wraps this module: it sees the role's parameters alone and has its forward around the whole loss,
-        while the
-    distiller goes on using its own attributes.
+    while the distiller goes on using its own attributes.
     """
 
     _loss: Callable[[str, Any, Step], Losses]
