@@ -131,7 +131,9 @@ class GeminiDistiller:
     ) -> None:
         self.network, self.config, self.layout, self.num_classes = network, config, layout, num_classes
         self._class_branches = [i for i, name in enumerate(network.groupings) if name == "class"]
-        self._classify = nn.ModuleList(nn.Linear(network.dim, num_classes) for _ in self._class_branches)
+        # Without a weight they would be parameters without a gradient, which DDP refuses.
+        wanted = self._class_branches if config.classify_weight > 0 else []
+        self._classify = nn.ModuleList(nn.Linear(network.dim, num_classes) for _ in wanted)
         self.parts = nn.ModuleDict({"network": network, "classify": self._classify})
         self._labels = torch.as_tensor(labels)
         self._targets = torch.zeros(len(self._labels), num_classes)
@@ -227,18 +229,23 @@ class GeminiDistiller:
             return zero
         rows = slice(layout.labelled, layout.size)
         support = slice(0, layout.labelled)
-        logs = [
-            head(raw[i][rows]).float().log_softmax(-1)
-            if config.classify_weight > 0
-            else hypothesis_logits(
-                branches[i][rows],
-                branches[i][support].detach(),
-                labels[support],
-                self.num_classes,
-                tau=config.tau,
-            ).log_softmax(-1)
-            for head, i in zip(self._classify, self._class_branches, strict=True)
-        ]
+        if config.classify_weight > 0:
+            logits = [
+                head(raw[i][rows]).float()
+                for head, i in zip(self._classify, self._class_branches, strict=True)
+            ]
+        else:
+            logits = [
+                hypothesis_logits(
+                    branches[i][rows],
+                    branches[i][support].detach(),
+                    labels[support],
+                    self.num_classes,
+                    tau=config.tau,
+                )
+                for i in self._class_branches
+            ]
+        logs = [values.log_softmax(-1) for values in logits]
         with torch.no_grad():
             posterior = mean_posterior(logs).exp()
             posterior = (posterior[: layout.pool] + posterior[layout.pool :]) / 2
