@@ -137,7 +137,9 @@ def peer_trl() -> Variant:
         result: Tensor = GKDTrainer.generalized_jsd_loss(
             student[None], teacher[None], beta=BETA, temperature=TEMPERATURE, reduction="batchmean"
         )
-        return result if result.dim() == 0 else result.mean()
+        return result / len(
+            student
+        )  # without labels its batchmean divides by the one sequence, not by its tokens
 
     return run
 
@@ -159,6 +161,7 @@ JSD: dict[str, Callable[[], Variant]] = {
     "liger-kernel fused linear JSD, not compiled, 64 rows": lambda: peer_liger(64),
     "trl `generalized_jsd_loss`": peer_trl,
 }
+TOLERANCE = 1e-4
 GROUPS = {"forward KL": KL, f"JSD, β = {BETA}": JSD}
 PEERS = {"torchdistill": "torchdistill", "liger": "liger_kernel", "trl": "trl"}
 
@@ -175,13 +178,15 @@ def step(run: Variant, x: Inputs) -> float:
 
 
 def check(run: Variant, x: Inputs, reference: tuple[float, Tensor, Tensor]) -> tuple[float, float]:
-    """Return the relative errors of the loss and of the head's gradient against float64."""
+    """Return the relative errors of the loss and of the head's gradient against float64; others stop it."""
     value, by_hidden, by_weight = reference
     loss = step(run, x)
     errors = [abs(loss - value) / abs(value)]
     for tensor, exact in ((x[0], by_hidden), (x[1], by_weight)):
         grad = tensor.grad.double() if tensor.grad is not None else torch.full_like(exact, torch.nan)
         errors.append(float((grad - exact).norm() / exact.norm()))
+    if not max(errors) < TOLERANCE:
+        raise SystemExit(f"results differ by {max(errors):.1e} relative: this would compare different work")
     return errors[0], max(errors[1:])
 
 
