@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,24 @@ def test_verbose_shows_the_traceback(domain: Domain, capsys: pytest.CaptureFixtu
     assert err.rstrip().endswith("error: RuntimeError: a bug")
 
 
+def test_a_warning_is_one_clean_line(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def verb() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            for _ in range(2):
+                warnings.warn("the split\n is by patch", UserWarning, stacklevel=1)
+
+    before = warnings.showwarning
+    assert run_app(app, [], "prog") == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "warning: the split is by patch\n"
+    assert warnings.showwarning is before
+
+
 def test_an_interrupt_gives_130(domain: Domain) -> None:
     assert call(domain, "demo", "--set", "fail=interrupt") == 130
 
@@ -270,6 +289,8 @@ def test_evaluate_takes_the_configuration_of_the_artefact(
         card="# A toy\n",
     )
     assert call(domain, "evaluate", str(folder), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 44
+    assert call(domain, "evaluate", str(tmp_path), "--json") == 0  # the folder of the run will do
     assert json.loads(capsys.readouterr().out)["steps"] == 44
     assert call(domain, "evaluate", str(tmp_path / "nowhere"), "--json") == 1
     assert "nowhere" in capsys.readouterr().err

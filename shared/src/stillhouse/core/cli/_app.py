@@ -197,9 +197,12 @@ def _add_use(app: typer.Typer, domain: Domain) -> None:
 
 
 def _config_of(artifact: Path) -> dict[str, Any]:
+    """Configuration in an artefact, or in the only one inside the folder of a run."""
     from ..artifact import Artifact
 
-    return dict(Artifact.load(artifact).config)
+    inside = [path.parent for path in sorted(artifact.glob("*/artifact.json"))]
+    whole = len(inside) != 1 or (artifact / "artifact.json").exists()
+    return dict(Artifact.load(artifact if whole else inside[0]).config)
 
 
 def _configs_app(domain: Domain) -> typer.Typer:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -28,7 +32,8 @@ def run_app(app: typer.Typer, argv: Sequence[str] | None, prog: str) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = _is_verbose(arguments)
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name=prog, standalone_mode=True)
+        with _plain_warnings(verbose=verbose):
+            typer.main.get_command(app).main(args=arguments, prog_name=prog, standalone_mode=True)
     except SystemExit as end:
         return _code(end.code)
     except KeyboardInterrupt:
@@ -64,6 +69,30 @@ def _fail(error: BaseException, message: str, code: int, *, verbose: bool) -> in
     return code
 
 
-def _say(message: str) -> None:
+@contextlib.contextmanager
+def _plain_warnings(*, verbose: bool) -> Iterator[None]:
+    """Show a warning as one line for people, each text once; as Python does, with its place, when verbose.
+
+    Which warnings are shown, and which are errors, stays as it was: only their form changes. Of several
+    processes only the first speaks.
+    """
+    before, told = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in told and not (os.environ.get("RANK") or "0").strip("0"):
+            _say(text, "warning: ", "bold yellow")
+        told.add(text)
+
+    if not verbose:
+        warnings.showwarning = show
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show:
+            warnings.showwarning = before
+
+
+def _say(message: str, head: str = "error: ", style: str = "bold red") -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text("error: ", style="bold red") + Text(message))
+    console.print(Text(head, style=style) + Text(message))
