@@ -227,6 +227,27 @@ def test_pictures_outside_the_folder_are_not_read(run: tuple[Path, KidneyResults
     assert "1 rows of pictures are left out" in page
 
 
+def test_a_baseline_that_beats_the_student_is_said_at_the_top(
+    run: tuple[Path, KidneyResults], tmp_path: Path
+) -> None:
+    folder, results = run
+    better = {**results.student.scores, "accuracy": {"estimate": 1.0, "low": 0.9, "high": 1.0}}
+    worse = {**results.student.scores, "accuracy": {"estimate": 0.1, "low": 0.0, "high": 0.2}}
+    rows = [
+        dataclasses.replace(row, scores=worse)
+        if row.role == "student"
+        else dataclasses.replace(row, scores=better)
+        for row in results.models
+    ]
+    name = next(row.name for row in rows if row.role == "baseline")
+    lost = {f"{results.student.name} − {name}": {"estimate": -0.9, "low": -1.0, "high": -0.8}}
+    changed = dataclasses.replace(results, models=rows, differences=lost)
+    write_report(folder, changed, out=tmp_path)
+    said = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["headline"]["sentence"]
+    assert f"Better than the student: {name} (beyond chance)" in said
+    assert "show that the method works" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_leakage_is_loud(run: tuple[Path, KidneyResults], stones: Collection, tmp_path: Path) -> None:
     _, results = run
     found = leakage_table(check_leakage(stones, stones))

@@ -70,14 +70,11 @@ def add_data(report: Report, results: KidneyResults) -> None:
     names = list(dict.fromkeys(name for part in results.parts.values() for name in part))
     rows = [
         {
-            "class": name,
-            **{
-                f"{part}, {view}" if view else part: classes.get(name, {}).get(view, 0)
-                for part, classes in results.parts.items()
-                for view in views
-            },
+            "class": f"{name}, {view}" if view else name,
+            **{part: classes.get(name, {}).get(view, 0) for part, classes in results.parts.items()},
         }
         for name in names
+        for view in views
     ]
     if rows:
         section.table(
@@ -123,7 +120,7 @@ def add_made(report: Report, results: KidneyResults, folder: Path) -> None:
     section = report.section("How it was made")
     section.text(f"`{results.command}`")
     if results.timings:
-        section.kv(dict(results.timings), caption="Seconds.")
+        section.kv(dict(results.timings), caption="Seconds.", formats=dict.fromkeys(results.timings, ".1f"))
     _curves(section, results, folder)
     if results.gallery:
         section.table(

@@ -10,7 +10,7 @@ from stillhouse.core.report import Report
 from ._making import add_data, add_made, add_speed
 from ._numbers import number, percent, text_of
 from ._quality import add_classes, add_confidence, add_quality, add_views
-from ._results import KidneyResults, load_results
+from ._results import KidneyResults, ModelRow, load_results
 from ._seeing import add_embedding, add_new_classes
 
 
@@ -82,7 +82,7 @@ def _summary(results: KidneyResults) -> str:
     text += f" Brackets are {100 * scores['level']:.0f}\u202f% intervals that resample {scores['resampled']}."
     if results.simulated:
         text += (
-            "\n\n**The images are simulated. These numbers show that the method works; they say nothing "
+            "\n\n**The images are simulated. These numbers are for trying the software out; they say nothing "
             "about patients.**"
         )
     return text
@@ -101,6 +101,11 @@ def _headline(report: Report, results: KidneyResults) -> None:
     baselines = results.by_role("baseline")
     if baselines:
         sentence += ", " + ", ".join(f"{row.name} {text_of(row.scores['accuracy'])}" for row in baselines)
+    better = [
+        f"{row.name}{_beyond(results, row)}" for row in baselines if number(row.scores["accuracy"]) > mine
+    ]
+    if better:
+        sentence += f". Better than the student: {', '.join(better)}"
     ratio = next(
         (row.get("size_ratio") for row in results.profiles if row.get("model") == student.name), None
     )
@@ -115,3 +120,11 @@ def _headline(report: Report, results: KidneyResults) -> None:
             )
         )
     report.headline(sentence + ".", facts=facts[:4])
+
+
+def _beyond(results: KidneyResults, row: ModelRow) -> str:
+    """Whether the student falls short of a row by more than chance, in brackets; empty where not measured."""
+    found = results.differences.get(f"{results.student.name} − {row.name}")
+    if found is None or found.get("low") is None:
+        return ""
+    return " (beyond chance)" if found["high"] < 0 else " (within chance)"

@@ -57,7 +57,11 @@ def add_embedding(report: Report, results: KidneyResults, folder: Path) -> None:
     if rows:
         section.images(
             rows,
-            caption="A test image and its nearest references with their distances, right and wrong answers.",
+            caption=(
+                "Test images, answered rightly and wrongly, with their nearest references and distances. The "
+                "answer is the class of the nearest prototype, which need not be that of the nearest "
+                "references."
+            ),
         )
     if missing:
         section.text(
@@ -88,6 +92,10 @@ def add_new_classes(report: Report, results: KidneyResults) -> None:
             ],
             best={"among new classes": "max", "nearest image": "max", "among all classes": "max"},
             formats=dict.fromkeys(("among new classes", "nearest image", "among all classes"), ".3f"),
+            caption=(
+                "By the nearest prototype among the new classes alone, by the nearest of the few images, and "
+                "by the nearest prototype of new and known classes together."
+            ),
         )
     if results.unknown:
         section.table(
