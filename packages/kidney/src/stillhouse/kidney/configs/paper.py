@@ -1,8 +1,9 @@
-"""Endoscopic patches on GPUs: ResNet-50 from ImageNet weights, 256-pixel patches, batch 64 to 128.
+"""Endoscopic patches on GPUs: ResNet-50 from ImageNet weights, 256-pixel patches, 16 a class and GPU.
 
 Set data.path to a folder `<root>/<view>/<split>/<class>/` or a manifest, and model.weights to a local file
-with ImageNet weights. ResNet-50, the patch size and the augmentation are the papers'; the rest is our
-reading, since the recipe of the paper is not public.
+with ImageNet weights (for the student; the teacher starts from random weights). Student backbone, patch size
+and augmentation are the papers'; the rest is our reading, since the recipe of the paper is not public: the
+teacher's size too, and batch, learning rate and weight decay.
 """
 
 data = dict(
