@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -389,19 +391,138 @@ def test_an_unknown_configuration_key_is_two_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
-def test_a_class_with_one_image_cannot_be_trained_on(
-    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The split says which class is too small before anything is written."""
-    from stillhouse.core.errors import DataError
-    from stillhouse.kidney.data import read_folder, split_collection
+SMALL = (
+    "data.image_size=32",
+    "data.new_classes=[]",
+    "model.width=4",
+    "model.teacher_width=4",
+    "teacher.steps=2",
+    "train.steps=2",
+    "evaluate.resamples=100",
+)
 
-    monkeypatch.chdir(tmp_path)
-    for path in list((image_folder / "surface" / "UA").iterdir())[1:]:
-        path.unlink()
-    found = read_folder(image_folder / "surface", stone_pattern=STONE)
-    with pytest.raises(DataError, match="class 'UA' has one image"):
-        split_collection(found, test=0.3)
+
+def cannot_train(
+    capsys: pytest.CaptureFixture[str], code: int, out: Path, *settings: str, config: str = "demo"
+) -> str:
+    """Train, and see that it fails with one line and makes no folder."""
+    chosen = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    line = fails(capsys, code, "train", "--config", config, *chosen, "--out", out)
+    assert not out.exists()
+    assert list(out.parent.glob(".*")) == []
+    return line
+
+
+@pytest.mark.parametrize("kind", sorted(set(BAD) - {"missing", "bomb", "text", "16-bit grey"}))
+def test_a_bad_image_stops_a_training_before_it_writes(
+    kind: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = next(image_folder.rglob("*.png"))
+    bad = bad_image(kind, good.with_name("WW-9_s_bad.png"), good)
+    line = cannot_train(capsys, 1, tmp_path / "out", f"data.path={image_folder}")
+    assert bad.name in line
+
+
+@pytest.mark.parametrize("kind", ["empty", "missing", "one class", "one image", "no image"])
+def test_a_folder_that_cannot_be_cut_stops_a_training(
+    kind: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, said = image_folder / "surface", "UA"
+    if kind == "empty":
+        root, said = tmp_path / "empty", "holds no images"
+        root.mkdir()
+    elif kind == "missing":
+        root, said = tmp_path / "nowhere", "does not exist"
+    elif kind == "one class":
+        for name in ("UA", "CYS"):
+            shutil.rmtree(root / name)
+        said = "it takes 2 classes; add images of another"
+    else:
+        for path in list((root / "UA").iterdir())[1 if kind == "one image" else 0 :]:
+            path.unlink()
+        said = "class 'UA' has one image" if kind == "one image" else "fill the folder or remove it"
+    line = cannot_train(capsys, 1, tmp_path / "out", f"data.path={root}", f"data.stone_pattern={STONE}")
+    assert said in line
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class behind a closed folder must not be missing without a word."""
+    real, closed = os.scandir, str(image_folder / "surface" / "UA")
+
+    def scandir(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    line = cannot_train(capsys, 1, tmp_path / "out", f"data.path={image_folder}")
+    assert closed in line
+    assert "Permission denied" in line
+
+
+@pytest.mark.parametrize(
+    ("code", "setting", "said"),
+    [
+        (1, 'data.new_classes=["UA", "CYS"]', "it takes 2 classes; hold out fewer in data.new_classes"),
+        (1, 'data.new_classes=["STR"]', "has no class 'STR'"),
+        (1, 'data.views=["top"]', "has no view 'top'"),
+        (1, "data.split=given", "have no split"),
+        (1, "data.layout=kth_tips", "im_I_grey.png"),
+        (1, "model.weights=nowhere.safetensors", "nowhere.safetensors: no such file"),
+        (2, "data.stone_pattern=(", "is no regular expression"),
+        (2, "trian.steps=3", "did you mean 'train'"),
+        (2, "teacher.tau=nan", "teacher.tau is nan"),
+        (2, "teacher.smoothing=1", "teacher.smoothing is 1"),
+        (2, "data.zoom=inf", "data.zoom is inf"),
+        (2, "data.window=[nan, 1]", "data.window"),
+        (2, "distill.weight=nan", "distill.weight is nan"),
+        (2, "optim.lr=nan", "optim.lr is nan"),
+        (2, "evaluate.false_unknown=nan", "evaluate.false_unknown is nan"),
+        (2, "data.test=0", "data.test is 0"),
+        (2, "data.test=0.9", "below 1"),
+        (2, "data.shots=0", "data.shots is 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_stops_a_training(
+    code: int,
+    setting: str,
+    said: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = cannot_train(
+        capsys,
+        code,
+        tmp_path / "out",
+        f"data.path={image_folder}",
+        f"data.stone_pattern={STONE}",
+        setting,
+    )
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("mine.py", "data = dict(\n"), ("mine.json", "{"), ("mine.yaml", "a: [")]
+)
+def test_a_file_that_is_no_configuration_is_named(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert name in cannot_train(capsys, 2, tmp_path / "out", config=str(tmp_path / name))
+
+
+def test_cuda_without_a_gpu_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out"
+    assert "no CUDA device" in fails(capsys, 2, "train", "--config", "demo", "--out", out, "--device", "cuda")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("format", ["torch", "nonsense"])

@@ -91,6 +91,8 @@ def test_report_and_export_read_a_finished_run(finished: Path, tmp_path: Path) -
     before = (finished / "report.html").read_bytes()
     assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").read_bytes() == before
+    assert main(["report", str(finished), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "report.html").read_bytes() == before
     assert main(["export", str(finished / "student"), "--format", "torch", "--out", str(tmp_path / "x")]) == 0
     parity = json.loads((tmp_path / "x" / "export.json").read_text())["parity"]
     assert parity
@@ -191,6 +193,31 @@ def test_a_patch_split_warns_and_leaks(tiny_file: Path) -> None:
         data = prepare(config, seed=0)
     assert not data.leakage.ok
     assert data.leakage.shared_stones
+
+
+def test_what_a_reader_must_know_is_a_line_and_no_python_warning(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leakage, few shots and enlarged images are said before training; nothing reaches the standard error."""
+    from stillhouse.kidney import run as module
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_fit_all", stop)
+    folder = tmp_path / "stones"
+    assert main(["simulate", "--stones", "3", "--out", str(folder)]) == 0
+    capsys.readouterr()
+    arguments = ["train", "--config", str(tiny_file), "--out", str(tmp_path / "out")]
+    for setting in (f"data.path={folder}", "data.split=patch", "data.shots=50", "data.image_size=128"):
+        arguments += ["--set", setting]
+    assert main(arguments) == 130
+    said = capsys.readouterr()
+    text = " ".join(said.out.split())
+    assert text.count("note: stones: the split is patch-level") == 1
+    assert "fewer than 50 shots" in text
+    assert "images are smaller than the 128 pixels they are shown at" in text
+    assert said.err.split() == ["error:", "interrupted"] or "Warning" not in said.err
 
 
 def test_a_classifier_is_scored_by_its_softmax() -> None:

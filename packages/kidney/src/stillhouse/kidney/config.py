@@ -6,7 +6,8 @@ not public.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from stillhouse.core.errors import ConfigError
@@ -26,6 +27,22 @@ def _choice(section: str, name: str, value: object, allowed: object) -> None:
     options = get_args(allowed)
     if value not in options:
         raise ConfigError(f"{section}.{name} is {value!r}; allowed: {', '.join(map(repr, options))}")
+
+
+def _finite(section: str, owner: object) -> None:
+    """Refuse NaN and infinity, which pass comparisons such as `value < least` or reach a network."""
+    for spec in fields(owner):  # type: ignore[arg-type]
+        value = getattr(owner, spec.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{section}.{spec.name} is {value!r}; it must be a finite number")
+
+
+def _share(section: str, owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{section}.{name} is {value!r}; it must lie in [0, 1)")
 
 
 def _at_least(section: str, owner: object, **limits: float) -> None:
@@ -83,11 +100,20 @@ class DataConfig:
     simulate_seed: int = 0
 
     def __post_init__(self) -> None:
+        _finite("data", self)
         _choice("data", "layout", self.layout, Layout)
         _choice("data", "split", self.split, SplitBy)
         if self.augment not in ("stones", "window", "none"):
             raise ConfigError(f"data.augment is {self.augment!r}; allowed: 'stones', 'window', 'none'")
         _at_least("data", self, image_size=16, zoom=1.0, crops=1, stones_per_class=2, patches_per_fragment=1)
+        _share("data", self, "test", "validation")
+        if self.split != "given" and self.test + self.validation >= 1:
+            raise ConfigError(
+                f"data.test is {self.test!r} and data.validation {self.validation!r}; together they must be "
+                "below 1, or nothing is left to train on"
+            )
+        if self.split != "given" and self.test == 0:
+            raise ConfigError("data.test is 0; a run scores its networks: give a share above 0")
         if self.shots is not None and self.shots < 1:
             raise ConfigError(f"data.shots is {self.shots!r}; it must be at least 1, or None for all labels")
         if len(self.window) != 2 or not 0 < self.window[0] <= self.window[1] <= 1:
@@ -109,7 +135,8 @@ class ModelConfig:
         width: channels of the student's first stage (64 in the standard networks).
         dim: dimensions of the student's embedding.
         stem: "imagenet" (7×7 stride 2 and max-pooling) or "small" (stride 2 only, for small images).
-        weights: file with ImageNet weights of the backbone (safetensors or a torch state dict), or None.
+        weights: file with ImageNet weights of the student's backbone (safetensors or a torch state dict), or
+            None. The teacher starts from random weights.
         teacher_backbone: the teacher's ResNet.
         teacher_width: channels of its first stage.
         teacher_dim: dimensions of each of its branches.
@@ -178,16 +205,21 @@ class TeacherConfig:
     refine_confidence: float = 0.6
 
     def __post_init__(self) -> None:
+        _finite("teacher", self)
         for grouping in self.branches:
             _choice("teacher", "branches", grouping, Grouping)
         if "class" not in self.branches:
             raise ConfigError(f"teacher.branches is {self.branches!r}; at least one must be 'class'")
         _at_least("teacher", self, steps=1, shots=1, queries=1, pool=0, diversity=0, image_weight=0, refine=0)
+        _at_least("teacher", self, episode_weight=0, classify_weight=0)
+        if self.episode_weight == 0 and self.classify_weight == 0:
+            raise ConfigError(
+                'teacher.episode_weight and teacher.classify_weight are both 0; a "class" branch learns '
+                "from one of them"
+            )
         if self.tau <= 0 or self.lr <= 0:
             raise ConfigError(f"teacher.tau and teacher.lr must be above 0, got {self.tau!r} and {self.lr!r}")
-        for name in ("refine_start", "refine_momentum", "refine_confidence"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"teacher.{name} is {getattr(self, name)!r}; it must lie in [0, 1)")
+        _share("teacher", self, "smoothing", "refine_start", "refine_momentum", "refine_confidence")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -227,6 +259,7 @@ class DistillConfig:
     classifier_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        _finite("distill", self)
         _choice("distill", "method", self.method, Method)
         _choice("distill", "metric_loss", self.metric_loss, MetricLoss)
         _at_least("distill", self, weight=0, per_class=2, classes_per_batch=0, pool=0, rkd_angle=0)
@@ -235,12 +268,7 @@ class DistillConfig:
                 f"distill.temperature and distill.tau must be above 0, got {self.temperature!r} and "
                 f"{self.tau!r}"
             )
-        if not 0 <= self.classifier_smoothing < 1:
-            raise ConfigError(
-                f"distill.classifier_smoothing is {self.classifier_smoothing!r}; it must lie in [0, 1)"
-            )
-        if not 0 <= self.s2sd_delay < 1:
-            raise ConfigError(f"distill.s2sd_delay is {self.s2sd_delay!r}; it must lie in [0, 1)")
+        _share("distill", self, "classifier_smoothing", "s2sd_delay")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

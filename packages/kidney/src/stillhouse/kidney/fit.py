@@ -145,7 +145,9 @@ def prepare(config: KidneyConfig, *, seed: int, progress: Progress | None = None
         )
     known = tuple(c for c in found.classes if c not in data.new_classes)
     if len(known) < 2:
-        raise DataError(f"{found.name}: {len(known)} classes are left to train on; at least 2 are needed")
+        remedy = "hold out fewer in data.new_classes" if data.new_classes else "add images of another"
+        left = ", ".join(known) or "no class"
+        raise DataError(f"{found.name}: {left} is all there is to train on, it takes 2 classes; {remedy}")
     new = found.filter(labels=data.new_classes) if data.new_classes else None
     kept = [*known, *([""] if "" in found.labels else [])]
     collection = found.filter(labels=kept)

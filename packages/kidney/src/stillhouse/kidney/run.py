@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -20,7 +22,17 @@ from stillhouse.core.provenance import redact, timestamp
 from stillhouse.core.run import Run, jsonable, rank
 
 from .config import KidneyConfig
-from .fit import Engine, Prepared, fit_classifier, fit_student, fit_teacher, prepare, with_trainer
+from .data import LeakageWarning
+from .fit import (
+    Engine,
+    Prepared,
+    fit_classifier,
+    fit_student,
+    fit_teacher,
+    new_student,
+    prepare,
+    with_trainer,
+)
 from .scoring import Scored, embeddings_of, labels_of, score_classifier, score_embedding
 
 if TYPE_CHECKING:
@@ -50,12 +62,17 @@ def train(config: KidneyConfig, run: Run, *, engine: Engine = with_trainer) -> d
         `artifact`, `report`, and the accuracy of each row.
 
     Raises:
-        DataError: images that cannot be used.
+        DataError: images or ImageNet weights that cannot be used.
     """
     config = _on_device(config, run)
-    with run.progress("Reading images") as bar:
+    with run.progress("Reading images") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeakageWarning)  # its text is among the notes, which are said below
         data = prepare(config, seed=run.seed, progress=lambda done, total: bar.advance())
-    run.say(data.collection.summary())
+    new_student(config, run.seed)  # weights that do not fit are found before the teacher is trained
+    _say(run, data.collection.summary())
+    for note in dict.fromkeys((*data.train.notes, *data.test.notes, *_enlarged(config, data))):
+        if note not in data.collection.notes:
+            _say(run, f"  note: {note}")
     if rank() == 0:
         save_config(config, run.path(_CONFIG))
     networks, facts = _fit_all(config, data, run, engine)
@@ -71,15 +88,15 @@ def _fit_all(
     networks: dict[str, nn.Module] = {}
     facts: dict[str, dict[str, Any]] = {}
     common: dict[str, Any] = {"seed": run.seed, "quiet": None if run.interactive else True, "engine": engine}
-    run.say(f"training the {TEACHER}: {config.teacher.steps} episodes")
+    _say(run, f"training the {TEACHER}: {config.teacher.steps} episodes")
     networks[TEACHER], facts[TEACHER] = teacher, _ = fit_teacher(
         config, data, out=run.path("teacher"), **common
     )
-    run.say(f"training the {STUDENT}: {config.train.steps} steps")
+    _say(run, f"training the {STUDENT}: {config.train.steps} steps")
     networks[STUDENT], facts[STUDENT] = fit_student(config, data, teacher, out=run.path("guided"), **common)
     if config.evaluate.baselines:
         alone = replace(config, distill=replace(config.distill, method="none"))
-        run.say("training the two baselines")
+        _say(run, "training the two baselines")
         networks[UNGUIDED], facts[UNGUIDED] = fit_student(
             alone, data, None, out=run.path("unguided"), **common
         )
@@ -143,7 +160,7 @@ def _finish(
             "scoring": time.perf_counter() - begun,
         },
         config=to_dict(config),
-        command=" ".join(redact(sys.argv)),
+        command=_command(sys.argv),
         made=timestamp(),
         seed=run.seed,
         versions={name: version(name) for name in _LIBRARIES},
@@ -259,7 +276,7 @@ def report(folder: Path, run: Run) -> dict[str, Any]:
     """Build the report of a finished run again from its results."""
     from .report import write_report
 
-    return {"report": str(write_report(folder))}
+    return {"report": str(write_report(folder, out=run.out))}
 
 
 def export(artifact: Path, format: str, run: Run) -> dict[str, Any]:
@@ -271,6 +288,13 @@ def export(artifact: Path, format: str, run: Run) -> dict[str, Any]:
 
 
 # ---- parts of a run
+
+
+def _command(argv: list[str]) -> str:
+    """The command line as one would type it again: without the folder of the program, secrets blanked."""
+    program = Path(argv[0])
+    name = "python -m stillhouse.kidney" if program.name == "__main__.py" else program.name
+    return " ".join((name, *map(shlex.quote, redact(argv[1:]))))
 
 
 def _on_device(config: KidneyConfig, run: Run) -> KidneyConfig:
@@ -388,7 +412,7 @@ def _profiles(config: KidneyConfig, networks: Mapping[str, nn.Module]) -> tuple[
 
 
 def _notes(config: KidneyConfig, data: Prepared) -> list[str]:
-    notes = list(dict.fromkeys((*data.train.notes, *data.test.notes)))
+    notes = list(dict.fromkeys((*data.train.notes, *data.test.notes, *_enlarged(config, data))))
     if len(data.pool):
         notes.append(
             f"teacher and guided student also saw {len(data.pool)} training images without their labels; "
@@ -399,6 +423,35 @@ def _notes(config: KidneyConfig, data: Prepared) -> list[str]:
     if config.distill.shuffle_teacher:
         notes.append("ablation: the teacher's answers were handed to the wrong images")
     return notes
+
+
+def _enlarged(config: KidneyConfig, data: Prepared) -> list[str]:
+    """A note where images are smaller than the network's input."""
+    from PIL import Image
+
+    side, small, total = round(config.data.image_size * config.data.zoom), [], 0
+    for part in _parts(data).values():
+        for item in part.items:
+            total += 1
+            if item.array is not None:
+                shorter = min(item.array.shape[:2])
+            else:
+                with Image.open(item.path) as image:  # type: ignore[arg-type]  # decoded before: it opens
+                    shorter = min(image.size)
+            if shorter < side:
+                small.append(shorter)
+    if not small:
+        return []
+    return [
+        f"{len(small)} of {total} images are smaller than the {side} pixels they are shown at (the smallest "
+        f"has {min(small)}) and were enlarged, which adds no detail"
+    ]
+
+
+def _say(run: Run, text: str) -> None:
+    """Say a line once, however many processes train together."""
+    if rank() == 0:
+        run.say(text)
 
 
 def _provenance(config: KidneyConfig, data: Prepared, run: Run) -> dict[str, Any]:

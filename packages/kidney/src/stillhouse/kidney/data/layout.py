@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from stillhouse.core.errors import DataError
+from stillhouse.core.errors import ConfigError, DataError
 
 from .items import UNLABELLED, Collection, Item, Progress, validate
 
@@ -95,13 +95,15 @@ def check_folder(root: str | Path) -> Path:
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
-    """Compile the pattern of stone ids, or raise a ValueError that names it."""
+    """Compile the pattern of stone ids, or raise a ConfigError that names it."""
     if pattern is None:
         return None
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"stone_pattern: {pattern!r} is no regular expression ({error}); mend it") from error
+        raise ConfigError(
+            f"stone_pattern: {pattern!r} is no regular expression ({error}); mend it"
+        ) from error
 
 
 def stone_of(root: Path, relative: str, pattern: re.Pattern[str] | None) -> str:

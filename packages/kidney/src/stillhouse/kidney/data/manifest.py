@@ -88,7 +88,8 @@ def read_manifest(
         raise DataError(f"{table}: has a header and no rows; add one row for each image")
     known = "stone" in columns or match is not None
     notes = () if known else (NO_STONES,)
-    return finish(items, classes, known, table.stem, notes, str(table), check, progress)
+    name = table.absolute().parent.name if table.name == MANIFEST else table.stem
+    return finish(items, classes, known, name, notes, str(table), check, progress)
 
 
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

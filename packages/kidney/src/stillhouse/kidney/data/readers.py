@@ -191,7 +191,7 @@ def read_kth_tips(
 
 def _image_files(root: Path) -> Iterator[str]:
     """Paths of the images below `root`, relative, with `/`; hidden and archive rubbish left out."""
-    for folder, below, files in os.walk(root):
+    for folder, below, files in os.walk(root, onerror=_unreadable):
         below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
         relative = Path(folder).relative_to(root).as_posix()
         prefix = "" if relative == "." else relative + "/"
@@ -203,6 +203,14 @@ def _image_files(root: Path) -> Iterator[str]:
                 f"{Path(folder)}: holds no images ({', '.join(SUFFIXES)}); fill the folder or remove it"
             )
         yield from (prefix + name for name in images)
+
+
+def _unreadable(error: OSError) -> None:
+    """Stop at a folder that may not be listed: without this its class would be missing without a word."""
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); give this user the right to read it, or move "
+        "it out of the set"
+    ) from error
 
 
 def _place(root: Path, relative: str) -> tuple[str | None, str, str]:
