@@ -97,7 +97,11 @@ def editable(extras: str = "test") -> list[str]:
 
 
 def one_thread(session: nox.Session) -> None:
-    """Give each test process one thread: the processes themselves use the cores."""
+    """Give each test process one thread: the processes themselves use the cores.
+
+    yapf, which mmengine imports, writes a cache at its first import: once, before they start together.
+    """
+    session.run("python", "-c", "import yapf.yapflib.yapf_api", silent=True)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         session.env[name] = "1"
 

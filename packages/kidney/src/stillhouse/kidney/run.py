@@ -436,7 +436,7 @@ def _enlarged(config: KidneyConfig, data: Prepared) -> list[str]:
             if item.array is not None:
                 shorter = min(item.array.shape[:2])
             else:
-                with Image.open(item.path) as image:  # type: ignore[arg-type]  # decoded before: it opens
+                with Image.open(item.path) as image:  # decoded before: it opens
                     shorter = min(image.size)
             if shorter < side:
                 small.append(shorter)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._yapf import import_yapf
 from ..errors import ConfigError
 from ._convert import did_you_mean
 
@@ -109,6 +110,7 @@ def _read_python(path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # mmengine leaves a file open; the handle dies inside this block, and its warning with it
         warnings.simplefilter("ignore", ResourceWarning)
+        import_yapf()
         from mmengine.config import Config
 
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import warnings
 
+from ..._yapf import import_yapf
 from ...errors import MissingDependencyError
 
 _INSTALL = 'pip install "stillhouse-core[mmengine]"'
@@ -27,6 +28,7 @@ def require_runner() -> None:
         # mmengine 0.10 imports torch.distributed.optim, which uses what torch itself has deprecated
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         try:
+            import_yapf()
             importlib.import_module("mmengine.runner")
         except ImportError as error:
             missing = error.name or "mmengine"
