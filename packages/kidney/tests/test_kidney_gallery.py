@@ -92,7 +92,7 @@ def test_few_stones_are_said_to_be_few() -> None:
     assert gallery.calibration.stones == 6
     assert (
         "6 stones cannot support a false-unknown rate of 5\u202f% (that takes 19), only one of about "
-        "14\u202f%" in gallery.calibration.statement
+        "14.3\u202f%" in gallery.calibration.statement
     )
     enough = make(stones=7)
     assert "expected beyond it" in enough.calibration.statement

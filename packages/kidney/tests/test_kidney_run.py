@@ -87,6 +87,19 @@ def test_evaluate_gives_the_accuracy_that_the_run_gave(
     assert told["accuracy"] == pytest.approx(results["models"][1]["scores"]["accuracy"]["estimate"])
 
 
+def test_evaluate_says_which_images_it_leaves_out(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "stones"
+    assert main(["simulate", "--stones", "2", "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--data", str(folder), "--out", str(tmp_path / "e")]) == 0
+    count = len(list(folder.glob("*/CYS/*.png")))
+    said = f"images of classes that the gallery does not have are left out: CYS ({count})"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in json.loads((tmp_path / "e" / "evaluation.json").read_text())["notes"]
+
+
 def test_report_and_export_read_a_finished_run(finished: Path, tmp_path: Path) -> None:
     before = (finished / "report.html").read_bytes()
     assert main(["report", str(finished)]) == 0

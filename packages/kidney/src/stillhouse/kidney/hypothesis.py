@@ -52,7 +52,9 @@ def class_means(support: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def hypothesis_logits(
     queries: Tensor, support: Tensor, labels: Tensor, num_classes: int, *, tau: float
 ) -> Tensor:
-    """−‖q − c_k‖²/τ for each query and class.
+    """−‖q − c_k‖²/τ for each query and class, with prototypes made of the support: for training.
+
+    `metrics.prototype_logits` is the same formula for prototypes that are there already: for scoring.
 
     Args:
         queries: [Q, d].

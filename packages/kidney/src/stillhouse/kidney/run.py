@@ -247,6 +247,15 @@ def evaluate(artifact: Path, data: Path | None, config: KidneyConfig, run: Run) 
             f"{test.name}: none of its classes ({', '.join(test.classes)}) is in the gallery "
             f"({', '.join(gallery.classes)}); rename the folders, or add the class with `gallery add`"
         )
+    strange = {label: sum(test.counts()[label].values()) for label in test.classes if label not in known}
+    notes = [*test.notes]
+    if strange:
+        counts = ", ".join(f"{label} ({count})" for label, count in strange.items())
+        notes.append(f"images of classes that the gallery does not have are left out: {counts}")
+    if "" in test.labels:
+        notes.append(f"images without a label are left out: {test.labels.count('')}")
+    for note in notes:
+        run.say(f"note: {note}")
     test = test.filter(labels=known)
     network = student.network
     query = embed(network, test, size=network.config.image_size, crops=student.crops, zoom=student.zoom)
@@ -265,7 +274,7 @@ def evaluate(artifact: Path, data: Path | None, config: KidneyConfig, run: Run) 
         temperature=gallery.temperature,
         resamples=config.evaluate.resamples,
     )
-    table = {"data": test.name, "notes": list(test.notes), "scores": scores}
+    table = {"data": test.name, "notes": notes, "scores": scores}
     run.path("evaluation.json").write_text(
         json.dumps(jsonable(table), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -17,9 +17,8 @@ from .data import SimulateConfig, simulate, simulate_fragments
 
 Progress = Callable[[int, int], None]
 _NOTE = (
-    "Simulated pictures of kidney stones, drawn by stillhouse-kidney. They are for trying the software and "
-    "say "
-    "nothing about patients.\n"
+    "Simulated pictures of kidney stones, drawn by stillhouse-kidney. They are for trying the software "
+    "and say nothing about patients.\n"
 )
 
 

@@ -49,8 +49,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises:
         DataError: the file is missing, empty, damaged, no image, too large, or of a kind refused by the
-        rules in the
-            module's text; the message names the file and what to do.
+            rules in the module's text; the message names the file and what to do.
     """
     image = _decode(Path(path), max_pixels)
     return np.array(image.convert("RGB"), dtype=np.uint8)

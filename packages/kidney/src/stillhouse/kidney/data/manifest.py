@@ -53,8 +53,8 @@ def read_manifest(
 
     Raises:
         DataError: a missing column; a row whose path is outside the root, missing or named twice, whose
-        stone is
-            empty while others have one, or whose split is unknown; the message names file, row and remedy.
+            stone is empty while others have one, or whose split is unknown; the message names file,
+            row and remedy.
     """
     table = Path(table)
     base = check_folder(table.parent if root is None else root)

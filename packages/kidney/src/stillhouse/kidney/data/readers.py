@@ -47,7 +47,7 @@ def read_folder(
         stone_pattern: regular expression searched in each path relative to the root (with `/`); its groups,
             joined by `-`, are the stone id, the whole match where it has none. Ids hold for the whole
             collection: where numbering starts anew in each class, put the class folder into a group.
-                Example: `([^/]+)/stone_(\\d+)`.
+            Example: `([^/]+)/stone_(\\d+)`.
         classes: names and order of the classes; the sorted folder names where left out.
         check: decode every image now, so that a broken one is found before anything is written.
         progress: called with (done, total) while images are decoded.
@@ -57,8 +57,8 @@ def read_folder(
 
     Raises:
         DataError: no images, a layout that is not one of the above, an empty class folder, an image that
-        cannot be
-            read, a name that the pattern does not match.
+            cannot be read, a name that the pattern does not match.
+        ConfigError: the pattern is no regular expression.
     """
     root = check_folder(root)
     match = compile_pattern(stone_pattern)

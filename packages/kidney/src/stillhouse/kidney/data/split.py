@@ -54,9 +54,8 @@ def split_collection(
 
     Returns:
         dict: `train` and `test` always, `validation` where asked for or given, `unlabelled` where `shots`
-            is given or
-        the collection has images without a label. All have the classes and views of the collection,
-        `split_level` and notes. Items keep the order of the collection.
+            is given or the collection has images without a label. All have the classes and views of
+            the collection, `split_level` and notes. Items keep the order of the collection.
 
     Raises:
         DataError: a class that is too small to cut, or a given split without a train or a test part.

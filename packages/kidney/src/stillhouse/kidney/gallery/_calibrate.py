@@ -262,7 +262,7 @@ def _statement(
             f"Past a distance of {threshold:.3f}, the largest seen, an image is called unknown; {stones} "
             f"stones cannot support a "
             f"false-unknown rate of {100 * rate:.0f}\u202f% (that takes {needed}), only one of about "
-            f"{100 * (1 / (stones + 1)):.0f}\u202f%."
+            f"{100 / (stones + 1):.1f}\u202f%."
         )
     if low is not None and high is not None:
         text += f" Resampling the stones moves the threshold between {low:.3f} and {high:.3f}."

@@ -163,8 +163,7 @@ class Gallery:
 
         Each class uses its held-out images if it has any, else its references with each stone left out in
         turn: an image of a stone that is among the references is nearer than one of a new stone ever will be.
-            References that
-        were *trained on* stay nearer even so; prefer held-out images.
+        References that were *trained on* stay nearer even so; prefer held-out images.
 
         Args:
             rate: share of known images that may be called unknown, in (0, 0.5]; None keeps the present one.
@@ -201,8 +200,7 @@ class Gallery:
         """Add a class, or images to one, without training; the threshold is calibrated again.
 
         One image is enough to make a class known. A class with images of a single stone takes no part in the
-        threshold,
-        and one with fewer than five images has a weak prototype: `weak` lists those.
+        threshold, and one with fewer than five images has a weak prototype: `weak` lists those.
 
         Args:
             name: the class.

@@ -19,6 +19,9 @@ from .retrieval import RETRIEVAL, class_prototypes, clustering, euclidean, neare
 def prototype_logits(embeddings: Tensor, prototypes: Tensor, temperature: float = 1.0) -> Tensor:
     """Class logits of a prototypical network: −‖f(x) − c_k‖² / τ; their softmax is p(k|x).
 
+    For scoring; it goes through a square root, whose gradient at distance 0 is infinite. A loss takes
+    `hypothesis.hypothesis_logits`, the same formula with the prototypes made of a support set.
+
     Args:
         embeddings: [N, d].
         prototypes: [C, d].

@@ -298,8 +298,7 @@ def save_retrieval(
     their nearest references.
 
     Half of the rows, where there are as many, are images that were given a wrong class or called unknown: a
-        reader should see
-    how it fails, not only that it works.
+    reader should see how it fails, not only that it works.
 
     Args:
         collection: N labelled test images.
