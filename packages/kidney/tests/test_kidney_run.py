@@ -265,3 +265,15 @@ def test_the_pool_is_for_teacher_and_guided_student_only() -> None:
     without = prepare(replace(config, data=replace(config.data, pool=False)), seed=0)
     assert len(without.pool) == 0
     assert without.train.items == data.train.items
+
+
+@pytest.mark.slow
+def test_torchrun_trains_every_row_and_one_process_writes(tiny_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "stillhouse.kidney", "train", "--config", str(tiny_file), "--out", str(out)]
+    done = run_script([*command, *train, "--set", "train.accelerator=cpu"], timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["models"]] == [TEACHER, STUDENT, UNGUIDED, CLASSIFIER]
+    assert done.stdout.count("report.html") == 1

@@ -211,6 +211,8 @@ class TeacherConfig:
         if "class" not in self.branches:
             raise ConfigError(f"teacher.branches is {self.branches!r}; at least one must be 'class'")
         _at_least("teacher", self, steps=1, shots=1, queries=1, pool=0, diversity=0, image_weight=0, refine=0)
+        if "image" in self.branches and self.pool == 0:
+            raise ConfigError('teacher.pool is 0; an "image" branch learns from the pool: give it images')
         _at_least("teacher", self, episode_weight=0, classify_weight=0)
         if self.episode_weight == 0 and self.classify_weight == 0:
             raise ConfigError(

@@ -213,24 +213,29 @@ class GuidedDistiller:
 
 
 class Classifier(nn.Module):
-    """A student with a linear classifier on its embedding before normalisation; what plain deep learning
-    does.
+    """The student's trunk with a linear classifier on its pooled features: what plain deep learning does.
+
+    It has no embedding head: parameters that no loss reaches are an error under DDP.
+
+    Args:
+        student: whose trunk is taken.
+        num_classes: C.
 
     Shapes: images [B, 3, H, W] → logits [B, C].
     """
 
     def __init__(self, student: Student, num_classes: int) -> None:
         super().__init__()
-        self.student = student
+        self.trunk = student.trunk
         self.classify = nn.Linear(student.trunk.features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits."""
-        return self.classify(self.student.trunk(images))
+        return self.classify(self.trunk(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """Pooled features of length 1 [B, features], for retrieval."""
-        return F.normalize(self.student.trunk(images), dim=1)
+        return F.normalize(self.trunk(images), dim=1)
 
 
 class ClassifierDistiller:
