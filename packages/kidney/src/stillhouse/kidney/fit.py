@@ -220,20 +220,12 @@ def fit_teacher(
     distiller = GeminiDistiller(
         network, settings, layout, num_classes=len(data.classes), labels=dataset.labels
     )
-    train = replace(config.train, steps=settings.steps, seed=seed)
-    optim = replace(config.optim, lr=settings.lr)
-    facts = _fit(
-        engine,
-        distiller,
-        dataset,
-        sampler,
-        train,
-        optim,
-        seed=seed,
-        out=out,
-        quiet=quiet,
-        workers=config.evaluate.workers,
+    own = replace(
+        config,
+        train=replace(config.train, steps=settings.steps),
+        optim=replace(config.optim, lr=settings.lr),
     )
+    facts = _fit(own, distiller, dataset, sampler, seed=seed, out=out, quiet=quiet, engine=engine)
     return network.eval(), facts
 
 
@@ -277,19 +269,7 @@ def fit_student(
         length=min(100, config.train.steps),
         replicas=_replicas(config.train),
     )
-    train = replace(config.train, seed=seed)
-    facts = _fit(
-        engine,
-        distiller,
-        dataset,
-        sampler,
-        train,
-        config.optim,
-        seed=seed,
-        out=out,
-        quiet=quiet,
-        workers=config.evaluate.workers,
-    )
+    facts = _fit(config, distiller, dataset, sampler, seed=seed, out=out, quiet=quiet, engine=engine)
     return student.eval(), facts
 
 
@@ -315,19 +295,7 @@ def fit_classifier(
         length=min(100, config.train.steps),
         replicas=_replicas(config.train),
     )
-    train = replace(config.train, seed=seed)
-    facts = _fit(
-        engine,
-        distiller,
-        dataset,
-        sampler,
-        train,
-        config.optim,
-        seed=seed,
-        out=out,
-        quiet=quiet,
-        workers=config.evaluate.workers,
-    )
+    facts = _fit(config, distiller, dataset, sampler, seed=seed, out=out, quiet=quiet, engine=engine)
     return network.eval(), facts
 
 
@@ -350,20 +318,21 @@ def new_student(config: KidneyConfig, seed: int) -> Student:
 
 
 def _fit(
-    engine: Engine,
+    config: KidneyConfig,
     distiller: Distiller,
     dataset: PatchDataset,
     sampler: EpisodeSampler | GuidedSampler,
-    train: TrainConfig,
-    optim: OptimConfig,
     *,
     seed: int,
     out: Path | None,
     quiet: bool | None,
-    workers: int,
+    engine: Engine,
 ) -> dict[str, Any]:
+    """Train a distiller by the configuration's steps and learning rate; returns facts of the training."""
+    train = replace(config.train, seed=seed)
+    workers = config.evaluate.workers
     loader = SeededLoader(dataset, batch_sampler=sampler, seed=seed, workers=workers, collate=collate)
-    result = engine(distiller, loader, optim, train, out, quiet)
+    result = engine(distiller, loader, config.optim, train, out, quiet)
     rows = [row for row in result.history if "total" in row]
     last: Mapping[str, Any] = rows[-1] if rows else {}
     return {
