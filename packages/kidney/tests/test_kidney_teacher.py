@@ -120,6 +120,31 @@ def test_weights_saved_by_torch_load_with_their_classifier_left_out(tmp_path) ->
     assert torch.equal(source.net.layer4[0].conv2.weight, target.net.layer4[0].conv2.weight)
 
 
+def test_both_networks_start_from_the_same_file_where_asked(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    from stillhouse.kidney.config import KidneyConfig
+    from stillhouse.kidney.fit import new_student, new_teacher
+
+    source = Trunk("resnet10", 4, "imagenet")
+    save_file(imagenet_names(source), tmp_path / "w.safetensors")
+    model = ModelConfig(
+        width=4,
+        teacher_width=4,
+        stem="imagenet",
+        weights=str(tmp_path / "w.safetensors"),
+        teacher_from_weights=True,
+        teacher_trunk="separate",
+    )
+    config = KidneyConfig(model=model)
+    for trunk in (new_student(config, 0).trunk, *new_teacher(config, 0).trunks):
+        assert torch.equal(trunk.net.layer3[0].conv1.weight, source.net.layer3[0].conv1.weight)
+    fresh = new_teacher(KidneyConfig(model=replace(model, teacher_from_weights=False)), 0)
+    assert not torch.equal(fresh.trunks[0].net.conv1.weight, source.net.conv1.weight)
+    with pytest.raises(ConfigError, match=r"teacher_from_weights needs model\.weights"):
+        replace(model, teacher_width=8)
+
+
 @pytest.mark.parametrize("field", [{"backbone": "vgg"}, {"stem": "big"}, {"width": 0}, {"dim": True}])
 def test_a_student_that_cannot_be_built_is_refused(field: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

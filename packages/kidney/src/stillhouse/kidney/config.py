@@ -136,7 +136,9 @@ class ModelConfig:
         dim: dimensions of the student's embedding.
         stem: "imagenet" (7×7 stride 2 and max-pooling) or "small" (stride 2 only, for small images).
         weights: file with ImageNet weights of the student's backbone (safetensors or a torch state dict), or
-            None. The teacher starts from random weights.
+            None.
+        teacher_from_weights: start the teacher's trunks from `weights` as well (our reading); its backbone
+            and width must then be the student's.
         teacher_backbone: the teacher's ResNet.
         teacher_width: channels of its first stage.
         teacher_dim: dimensions of each of its branches.
@@ -148,6 +150,7 @@ class ModelConfig:
     dim: int = 64
     stem: Stem = "small"
     weights: str | None = None
+    teacher_from_weights: bool = False
     teacher_backbone: Backbone = "resnet10"
     teacher_width: int = 32
     teacher_dim: int = 64
@@ -160,6 +163,12 @@ class ModelConfig:
         if self.teacher_trunk not in ("shared", "separate"):
             raise ConfigError(f"model.teacher_trunk is {self.teacher_trunk!r}; allowed: 'shared', 'separate'")
         _at_least("model", self, width=1, dim=2, teacher_width=1, teacher_dim=2)
+        alike = (self.backbone, self.width) == (self.teacher_backbone, self.teacher_width)
+        if self.teacher_from_weights and (self.weights is None or not alike):
+            raise ConfigError(
+                "model.teacher_from_weights needs model.weights, and teacher_backbone and teacher_width as "
+                "the student's"
+            )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -207,8 +207,7 @@ def fit_teacher(
     dataset = dataset_of(config, training, data.classes)
     pool = min(settings.pool, len(training))
     layout = Layout(len(data.classes), settings.shots + settings.queries, settings.shots, pool)
-    torch.manual_seed(seed)
-    network = Gemini(config.model, settings.branches)
+    network = new_teacher(config, seed)
     sampler = EpisodeSampler(
         dataset.labels[: len(data.train)],
         layout,
@@ -297,6 +296,16 @@ def fit_classifier(
     )
     facts = _fit(config, distiller, dataset, sampler, seed=seed, out=out, quiet=quiet, engine=engine)
     return network.eval(), facts
+
+
+def new_teacher(config: KidneyConfig, seed: int) -> Gemini:
+    """An untrained GEMINI, its trunks with ImageNet weights where the configuration says so."""
+    torch.manual_seed(seed)
+    network = Gemini(config.model, config.teacher.branches)
+    if config.model.teacher_from_weights and config.model.weights is not None:
+        for trunk in network.trunks:
+            load_imagenet_weights(trunk, config.model.weights)
+    return network
 
 
 def new_student(config: KidneyConfig, seed: int) -> Student:

@@ -1,9 +1,9 @@
 """Endoscopic patches on GPUs: ResNet-50 from ImageNet weights, 256-pixel patches, 16 a class and GPU.
 
 Set data.path to a folder `<root>/<view>/<split>/<class>/` or a manifest, and model.weights to a local file
-with ImageNet weights (for the student; the teacher starts from random weights). Student backbone, patch size
-and augmentation are the papers'; the rest is our reading, since the recipe of the paper is not public: the
-teacher's size too, and batch, learning rate and weight decay.
+with ImageNet weights (the student starts from them, and so does the teacher: our reading). Student backbone,
+patch size and augmentation are the papers'; the rest is our reading, since the recipe of the paper is not
+public: the teacher's size too, and batch, learning rate and weight decay.
 """
 
 data = dict(
@@ -20,6 +20,7 @@ model = dict(
     dim=128,
     stem="imagenet",
     weights="weights/resnet50_imagenet.safetensors",
+    teacher_from_weights=True,
     teacher_backbone="resnet50",
     teacher_width=64,
     teacher_dim=512,
