@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,7 +34,7 @@ from .data import (
 from .data.window import WindowAugment
 from .distiller import Classifier, ClassifierDistiller, GuidedDistiller
 from .sampling import EpisodeSampler, GuidedSampler, Layout
-from .student import Student, StudentConfig, build_student, load_imagenet_weights
+from .student import Student, StudentConfig, Trunk, build_student, load_imagenet_weights
 from .teacher import Gemini, GeminiDistiller
 
 Progress = Callable[[int, int], None]
@@ -304,7 +304,7 @@ def new_teacher(config: KidneyConfig, seed: int) -> Gemini:
     network = Gemini(config.model, config.teacher.branches)
     if config.model.teacher_from_weights and config.model.weights is not None:
         for trunk in network.trunks:
-            load_imagenet_weights(trunk, config.model.weights)
+            load_imagenet_weights(cast(Trunk, trunk), config.model.weights)
     return network
 
 
