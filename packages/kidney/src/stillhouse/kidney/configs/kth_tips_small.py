@@ -1,8 +1,7 @@
-"""KTH-TIPS grey textures with five labelled images a class, cut by image group; about ten minutes on one
-core.
+"""KTH-TIPS grey textures, five labelled images a class, cut by image group.
 
-Set data.path to the folder with the ten class folders. The guided student sees the 40 training images a
-class that have no label, through the teacher; `--set data.pool=false` takes them away.
+Set data.path to the folder with the ten class folders. The guided student sees the 40 training images a class
+that have no label, through the teacher; `--set data.pool=false` takes them away. About ten minutes on a core.
 """
 
 data = dict(
