@@ -1,0 +1,7 @@
+"""Genomic encoders by hybrid architecture distillation."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+__version__ = _version("stillhouse-genomic")

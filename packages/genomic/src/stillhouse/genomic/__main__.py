@@ -1,0 +1,10 @@
+"""`python -m stillhouse.genomic`, the same as `stillhouse-genomic`; under `torchrun … -m` as well."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Diffusion and flow distillation: schedules, predictions, guidance, solvers, samplers, surrogates."""

@@ -1,0 +1,1 @@
+"""Sparse voxels in pure PyTorch: voxelisation, kernel maps, convolutions, norms, a UNet."""
