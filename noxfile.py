@@ -204,7 +204,7 @@ def bench(session: nox.Session) -> None:
         session.run("python", str(path.relative_to(ROOT)))
 
 
-PEERS = ("pot", "geomloss", "pytorch-metric-learning", "scipy", "scikit-learn")
+PEERS = ("pot", "geomloss", "pytorch-metric-learning", "scipy", "scikit-learn", "spconv", "diffusers")
 HEAVY_PEERS = ("trl",)
 BARE_PEERS = ("torchdistill", "liger-kernel")  # their requirements hold torchvision and CUDA: taken without
 
