@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from stillhouse.core.doctor import python_library
+from stillhouse.core.doctor import system_library
 from stillhouse.core.domain import Domain
+
+OPEN3D_LIBRARIES = (
+    ("usb-1.0", "libusb-1.0.so.0", "libusb-1.0-0"),
+    ("GL", "libGL.so.1", "libgl1"),
+    ("EGL", "libEGL.so.1", "libegl1"),
+    ("gomp", "libgomp.so.1", "libgomp1"),
+)
+"""What Open3D loads from the system: name, file, Debian package. Metrics, training and `.bin` files do without."""
 
 DOMAIN = Domain(
     name="lidar",
@@ -16,6 +24,9 @@ DOMAIN = Domain(
     export="stillhouse.lidar.run:export",
     formats=("torch",),
     distribution="stillhouse-lidar",
-    doctor=(),
+    doctor=tuple(
+        system_library(name, soname=soname, apt=package, required=False)
+        for name, soname, package in OPEN3D_LIBRARIES
+    ),
     verbs="stillhouse.lidar.verbs:add_verbs",
 )
