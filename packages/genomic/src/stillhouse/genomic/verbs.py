@@ -1,4 +1,4 @@
-"""The verbs of the trade: pretrain, finetune, embed, score-variants, tasks, simulate. Light: `--help` loads it."""
+"""The verbs of the trade: pretrain, finetune, embed, score-variants, tasks, simulate. Light: for `--help`."""
 
 from __future__ import annotations
 
