@@ -157,8 +157,10 @@ def paired_difference(
 
     from .metrics import accuracy, auroc, confusion, mcc
 
-    same = first.groups is None or np.array_equal(first.groups, second.groups)
-    if not np.array_equal(first.labels, second.labels) or not same:
+    same = np.array_equal(first.labels, second.labels)
+    if first.groups is not None:
+        same = same and second.groups is not None and np.array_equal(first.groups, second.groups)
+    if not same:
         raise ValueError("first and second were scored on different windows; give probes of the same ones")
     classes = first.probabilities.shape[1]
 

@@ -231,7 +231,7 @@ def _add_embed(app: typer.Typer) -> None:
                     batch=batch,
                     conjoin=conjoin,
                     device=str(run.torch_device()),
-                    model=str(student),
+                    model_name=student.name,
                     progress=lambda count: bar.advance(count),
                 )
             if not json:
