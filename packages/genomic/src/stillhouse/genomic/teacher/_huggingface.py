@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stillhouse.core.errors import DataError, MissingDependencyError
@@ -21,6 +22,10 @@ from ._marginal import nucleotide_marginals
 from ._protocol import check_tokens, count_parameters, layer_indices, shown_ids
 
 Final = Literal["norm", "block"]
+_LOADING_FAILS = (
+    *(OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError),
+    SafetensorError,
+)
 _UNUSED = ("contact_head", "pooler", "position_ids", "inv_freq")  # weights that no answer depends on
 
 
@@ -118,7 +123,7 @@ class HuggingFaceTeacher:
         transformers.logging.set_verbosity_error()
         try:
             network, info = _load(folder, raw, transformers, trust_remote_code, dtype)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        except _LOADING_FAILS as error:
             code = (
                 ""
                 if trust_remote_code or "auto_map" not in raw
@@ -295,15 +300,15 @@ def _check_loaded(source: str | os.PathLike[str], info: Mapping[str, Any]) -> No
         names = sorted(n for n in names if not any(part in n for part in _UNUSED))
         if names:
             raise DataError(
-                f"{source}: the checkpoint {what} {len(names)} weights, such as {names[0]}, so the model would "
-                "be partly random; give the folder of a whole masked language model"
+                f"{source}: the checkpoint {what} {len(names)} weights, such as {names[0]}, so the model "
+                "would be partly random; give the folder of a whole masked language model"
             )
     left = sorted(n for n in info.get("unexpected_keys", ()) if not any(part in n for part in _UNUSED))
     left = [n for n in left if "position_embeddings" not in n]
     if left:
         raise DataError(
-            f"{source}: {len(left)} weights of the checkpoint have no place in the model, such as {left[0]}; it "
-            "is of another architecture than its config.json says"
+            f"{source}: {len(left)} weights of the checkpoint have no place in the model, such as {left[0]}; "
+            "it is of another architecture than its config.json says"
         )
 
 

@@ -17,8 +17,8 @@ def nucleotide_marginals(logits: Tensor, tokens: KmerTokens, tokenizer: KmerToke
 
     The frame is known, so a token of k characters is one of the 4^k k-mers: the softmax runs over these
     alone, and p(x_i = a) is the sum over all k-mers with the letter a at the place of i. A token of one
-    letter is one of A, T, C, G. Where the sequence has N, and beyond its end, nothing is known: log ¼ each. Probabilities
-    below the smallest normal number of the type are raised to it.
+    letter is one of A, T, C, G. Where the sequence has N, and beyond its end, nothing is known:
+    log ¼ each. Probabilities below the smallest normal number of the type are raised to it.
 
     Args:
         logits: over the vocabulary, [B, T, V] with V ≥ `tokenizer.vocab_size`.
