@@ -2,8 +2,9 @@
 
 Defaults follow the layer of flash-linear-attention: q, k and v pass a short causal depthwise convolution
 and SiLU; q and k have length 1 in every head and q is scaled by 1/√d_k; β = sigmoid(W_b x), doubled where
-negative eigenvalues are allowed; log α = −exp(A_log) · softplus(W_a x + dt_bias); the output is RMS-normalised
-in every head and gated by SiLU(W_g x). With heads · d_k = 0.75 d and d_v = 2 d_k that is about 6 d² parameters.
+negative eigenvalues are allowed; log α = −exp(A_log) · softplus(W_a x + dt_bias); the output is
+RMS-normalised in every head and gated by SiLU(W_g x). With heads · d_k = 0.75 d and d_v = 2 d_k that is about
+6 d² parameters.
 
 How HAD joins its two directions was not seen; adding them is our reading, as is one set of weights for each.
 """

@@ -71,7 +71,7 @@ class RcEquivariant(nn.Module):
         table = complement_ids(encoder.config.vocab) if complement is None else tuple(complement)
         if len(table) != encoder.config.vocab:
             raise ValueError(f"complement has {len(table)} ids; the vocabulary has {encoder.config.vocab}")
-        self.register_buffer("complement", torch.tensor(table), persistent=False)
+        self.register_buffer("complement", torch.tensor(table))
 
     def reverse_complement(self, ids: Tensor) -> Tensor:
         """Ids [B, L] of the other strand, read in its own direction."""
