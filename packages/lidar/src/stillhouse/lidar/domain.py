@@ -11,7 +11,7 @@ OPEN3D_LIBRARIES = (
     ("EGL", "libEGL.so.1", "libegl1"),
     ("gomp", "libgomp.so.1", "libgomp1"),
 )
-"""What Open3D loads from the system: name, file, Debian package. Metrics, training and `.bin` files do without."""
+"""What Open3D loads from the system: name, file, Debian package; the last one with older wheels only."""
 
 DOMAIN = Domain(
     name="lidar",
@@ -25,7 +25,7 @@ DOMAIN = Domain(
     formats=("torch",),
     distribution="stillhouse-lidar",
     doctor=tuple(
-        system_library(name, soname=soname, apt=package, required=False)
+        system_library(name, soname=soname, apt=package, required=package != "libgomp1")
         for name, soname, package in OPEN3D_LIBRARIES
     ),
     verbs="stillhouse.lidar.verbs:add_verbs",

@@ -90,7 +90,9 @@ def read_pcd_header(path: Path) -> Header:
     if not {"x", "y", "z"} <= set(fields):
         raise DataError(f"{path}: declares no fields x, y and z; it is no point cloud")
     if count != width * height:
-        raise DataError(f"{path}: declares {count:,} points and {width:,} × {height:,}; the header is damaged")
+        raise DataError(
+            f"{path}: declares {count:,} points and {width:,} × {height:,}; the header is damaged"
+        )
     row = sum(a * b for a, b in zip(sizes, counts, strict=True))
     if encoding == "ascii":
         least = count * 2 * sum(counts) - 1
@@ -111,7 +113,9 @@ def _header(path: Path, last: bytes) -> tuple[list[str], int, int]:
             head = file.read(_LONGEST)
             size = file.seek(0, 2)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from error
     lines: list[str] = []
     place = 0
     while place < len(head):

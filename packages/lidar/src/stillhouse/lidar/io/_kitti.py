@@ -24,7 +24,9 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DataError(f"{path}: does not exist; check the path") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from error
 
 
 def nonfinite_rows(points: np.ndarray) -> np.ndarray:
@@ -107,7 +109,9 @@ def read_labels(path: str | os.PathLike[str], *, count: int | None = None) -> np
     path = Path(path)
     raw = read_bytes(path)
     if len(raw) % 4:
-        raise DataError(f"{path}: {len(raw):,} bytes are no multiple of 4 (one uint32 a point); it is cut off")
+        raise DataError(
+            f"{path}: {len(raw):,} bytes are no multiple of 4 (one uint32 a point); it is cut off"
+        )
     words = np.frombuffer(raw, dtype="<u4")
     if count is not None and len(words) != count:
         raise DataError(

@@ -76,9 +76,7 @@ def write_cloud(
         raise ValueError(f"points must be [N, 3] with N at least 1, got {list(points.shape)}")
     if not np.isfinite(points).all():
         raise ValueError("points hold NaN or Inf; remove those rows")
-    columns: list[tuple[str, str, np.ndarray]] = [
-        (name, "<f4", points[:, k]) for k, name in enumerate("xyz")
-    ]
+    columns: list[tuple[str, str, np.ndarray]] = [(name, "<f4", points[:, k]) for k, name in enumerate("xyz")]
     if remission is not None:
         values = np.asarray(remission, dtype=np.float32)
         if values.shape != (len(points),):
