@@ -220,16 +220,23 @@ class Classifier(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def forward(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> Tensor:
-        """Logits [B, C]; see the class."""
-        width = windows.shape[1]
-        ends = np.full(len(windows), width) if lengths is None else np.asarray(lengths)
-        attend = attended(ends, width)
+    def prepare(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, L] and the mask of real positions, bool [B, L], on the CPU; see the class."""
+        ends = np.full(len(windows), windows.shape[1]) if lengths is None else np.asarray(lengths)
+        attend = attended(ends, windows.shape[1])
         if self.head.compat == "reference":
             windows, attend = left_padded(windows, ends), attend.flip(1)
-        ids, attend = padded_ids(self._tokenizer, windows, attend, self.device)
-        logits: Tensor = self.head(self.encoder(ids, attend=attend), attend)
-        return logits
+        return padded_ids(self._tokenizer, windows, attend, "cpu")
+
+    def logits(self, ids: Tensor, attend: Tensor) -> Tensor:
+        """Logits [B, C] of what `prepare` made."""
+        out: Tensor = self.head(self.encoder(ids, attend=attend), attend)
+        return out
+
+    def forward(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> Tensor:
+        """Logits [B, C]; see the class."""
+        ids, attend = self.prepare(windows, lengths)
+        return self.logits(ids.to(self.device), attend.to(self.device))
 
     @torch.no_grad()
     def conjoined(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import csv
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,11 +192,12 @@ def score_variants(
             "student of a pre-training run"
         )
     reference = _reference(fasta)
+    sizes = {name: reference.length(name) for name in reference.names}
     scorer = _Scorer(student, strands, device)
     waiting: list[Scored] = []
     jobs: list[tuple[Scored, Site, npt.NDArray[np.uint8]]] = []
     for variant in read_vcf(vcf):
-        for row, site in _sites(variant, reference, vcf, window, group, skip_mismatches):
+        for row, site in _sites(variant, reference, sizes, vcf, window, group, skip_mismatches):
             waiting.append(row)
             if site is not None:
                 jobs.append((row, site, reference.fetch(row.record, site.start, site.end)))
@@ -276,13 +277,14 @@ def _reference(fasta: str | os.PathLike[str] | Reference) -> Reference:
 def _sites(
     variant: Variant,
     reference: Reference,
+    sizes: Mapping[str, int],
     vcf: object,
     window: int,
     group: int,
     skip_mismatches: bool,
 ) -> Iterator[tuple[Scored, Site | None]]:
     """One row for each alternative, with its site where it can be scored."""
-    disagreement = _disagreement(variant, reference)
+    disagreement = _disagreement(variant, reference, sizes)
     if disagreement is not None and not skip_mismatches:
         raise DataError(
             f"{vcf}: line {variant.line}: {disagreement[1]}; --skip-mismatches goes on without it"
@@ -296,7 +298,7 @@ def _sites(
             row.status = "symbolic"
             yield row, None
         else:
-            length = reference.length(variant.record)
+            length = sizes[variant.record]
             site = site_of(variant.position, variant.ref, alt, length=length, window=window, group=group)
             if isinstance(site, str):
                 row.status = site
@@ -305,13 +307,13 @@ def _sites(
                 yield row, site
 
 
-def _disagreement(variant: Variant, reference: Reference) -> tuple[str, str] | None:
+def _disagreement(variant: Variant, reference: Reference, sizes: Mapping[str, int]) -> tuple[str, str] | None:
     """What is wrong between a variant and the reference: a status and a sentence; None where they agree."""
     place = f"{variant.record}:{variant.position + 1}"
-    if variant.record not in reference.names:
-        have = ", ".join(list(reference.names)[:4])
+    if variant.record not in sizes:
+        have = ", ".join(list(sizes)[:4])
         return "unknown record", f"{variant.record!r} is not in the reference, which has {have}"
-    length = reference.length(variant.record)
+    length = sizes[variant.record]
     end = variant.position + len(variant.ref)
     if end > length:
         return (

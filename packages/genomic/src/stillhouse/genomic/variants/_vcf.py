@@ -37,7 +37,7 @@ class Variant:
 
 
 def is_bases(allele: str) -> bool:
-    """Whether an allele is written out in A, C, G, T, N, and is not symbolic (`<DEL>`, `*`, a breakend, `.`)."""
+    """Whether an allele is written in A, C, G, T, N: not `<DEL>`, `*`, `.` or a breakend."""
     return _BASES.fullmatch(allele) is not None
 
 

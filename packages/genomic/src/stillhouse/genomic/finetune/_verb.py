@@ -1,0 +1,149 @@
+"""The verb `finetune`: files in, `finetune.json`, predictions and a report out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from stillhouse.core.errors import DataError
+from stillhouse.core.run import Run, jsonable
+
+from .._atomic import replacing
+from ._config import FinetuneConfig
+from ._fit import FinetuneResult, check_parts, finetune, rows_of
+
+if TYPE_CHECKING:
+    from ..data import Sequences
+
+
+def finetune_student(
+    student: Path,
+    task: Path,
+    config: FinetuneConfig,
+    run: Run,
+    *,
+    test: Path | None = None,
+    scratch: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune a finished student on a file of labelled sequences.
+
+    Args:
+        student: its folder, or the folder of its run.
+        task: CSV, TSV, Parquet or FASTA; or a folder of the Nucleotide Transformer benchmark.
+        config: the protocol.
+        run: where `finetune.json`, `predictions.tsv`, the logs and the report go, and the device.
+        test: the test part, where `task` has no splits.
+        scratch: forget the weights.
+
+    Returns:
+        `report`, the metric and its value over the seeds.
+
+    Raises:
+        DataError: a file cannot be used; nothing is written then.
+    """
+    from ..verbs import load
+
+    train_part, test_part = read_parts(task, test)
+    check_parts(train_part, test_part, config.scorer().key)
+    device = run.torch_device()
+    loaded = load(student, run)
+    config = replace(config, accelerator=device.type)
+    encoder: Any = loaded.encoder
+    if scratch:
+        encoder = _fresh(loaded)
+    run.say(
+        f"{train_part.name}: {len(train_part.labels)} sequences to train on, {len(test_part.labels)} to test "
+        f"on, classes {', '.join(train_part.classes)}; metric {config.scorer().label}"
+    )
+    with run.progress("Fine-tuning", total=config.seeds) as bar:
+        found = finetune(
+            encoder,
+            train_part,
+            config,
+            test=test_part,
+            out=run.create(),
+            progress=lambda count: bar.advance(count),
+        )
+    return _write(found, test_part, config, run, student=student, task=task, scratch=scratch)
+
+
+def read_parts(task: Path, test: Path | None = None) -> tuple[Sequences, Sequences]:
+    """Read the training part (validation rows included) and the test part.
+
+    Raises:
+        DataError: a file cannot be used, or there is no test part.
+    """
+    from ..data import read_labelled, read_nt_benchmark
+
+    whole = read_nt_benchmark(task) if task.is_dir() else read_labelled(task)
+    if test is not None:
+        return whole, read_labelled(test)
+    marks = np.asarray(whole.split if whole.split is not None else ())
+    if "test" not in marks:
+        raise DataError(f"{task}: has no column `split` with rows `test`; give the test part with --test")
+    rows = np.arange(len(whole.labels))
+    return rows_of(whole, rows[marks != "test"]), rows_of(whole, rows[marks == "test"])
+
+
+def _fresh(loaded: Any) -> Any:
+    """A function from a seed to the same network with random weights."""
+    import torch
+
+    from ..student import build_student
+
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return build_student(loaded.config)
+
+    return make
+
+
+def _write(
+    found: FinetuneResult,
+    test: Sequences,
+    config: FinetuneConfig,
+    run: Run,
+    *,
+    student: Path,
+    task: Path,
+    scratch: bool,
+) -> dict[str, Any]:
+    from ..report import finetune_report
+
+    table = {
+        "task": task.name,
+        "student": student.name,
+        "scratch": scratch,
+        "classes": list(test.classes),
+        "config": asdict(config),
+        **found.to_dict(),
+    }
+    text = json.dumps(jsonable(table), indent=1, ensure_ascii=False) + "\n"
+    with replacing(run.path("finetune.json")) as work:
+        work.write_text(text, encoding="utf-8")
+    with replacing(run.path("predictions.tsv")) as work, work.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        mean = np.mean([one.probabilities for one in found.seeds], axis=0)
+        writer.writerow(["row", "group", "label", "predicted", *(f"p_{name}" for name in test.classes)])
+        for at, (label, p) in enumerate(zip(test.labels, mean, strict=True)):
+            group = test.groups[at] if at < len(test.groups) else ""
+            names = test.classes[int(label)], test.classes[int(p.argmax())]
+            writer.writerow([at, group, *names, *(f"{value:.6g}" for value in p)])
+    page = finetune_report(table, found, test, run.create())
+    summary = found.summary[found.key]
+    return {
+        "report": str(page),
+        "metric": found.metric,
+        "mean": summary["mean"],
+        "half_range": summary["half_range"],
+        "low": summary["low"],
+        "high": summary["high"],
+        "seeds": len(found.seeds),
+        "sizes": dict(found.sizes),
+    }
