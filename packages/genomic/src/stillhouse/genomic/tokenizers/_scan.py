@@ -39,24 +39,27 @@ def scan(codes: Bytes, k: int) -> Scan:
     flat = codes.reshape(-1)
     begins = np.arange(0, flat.size, width)
     special = flat >= N_CODE
+    short = 0
     if special.any():
         cut = special[1:] != special[:-1]
-        if (flat == OUTSIDE).any():
-            cut |= (flat[1:] == OUTSIDE) != (flat[:-1] == OUTSIDE)
+        outside = flat == OUTSIDE
+        short = int(outside.sum())
+        if short:
+            cut |= outside[1:] != outside[:-1]
         cut[begins[1:] - 1] = True
         begins = np.concatenate([[0], np.flatnonzero(cut) + 1])
     length = np.diff(begins, append=flat.size)
     kind = flat[begins]
-    whole = np.where(kind < N_CODE, length // k, 0)
-    count = np.where(kind == OUTSIDE, 0, whole + np.where(kind < N_CODE, length % k, length))
-    before = np.cumsum(count) - count
-    total = int(count.sum())
-    place = np.arange(total) - np.repeat(before, count)  # of the token within its run
-    full = np.repeat(whole, count)
-    sizes = np.where(place < full, k, 1)
-    starts = np.repeat(begins, count) + np.minimum(place, full) * k + np.maximum(place - full, 0)
-    owner = begins // width
-    lengths = np.bincount(owner, weights=count, minlength=rows).astype(np.int64)
+    counts = np.zeros((len(begins), 2), np.int64)  # k-mers, then single characters, of each run
+    letters = kind < N_CODE
+    counts[letters, 0], counts[letters, 1] = np.divmod(length[letters], k)
+    counts[kind == N_CODE, 1] = length[kind == N_CODE]
+    sizes = np.repeat(np.tile([k, 1], len(begins)), counts.reshape(-1))
+    lengths = np.bincount(begins // width, weights=counts.sum(1), minlength=rows).astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
+    if short:  # what lies outside has no token, so rows do not follow one another
+        left_out = outside.reshape(rows, width).sum(1)
+        starts += np.repeat(np.cumsum(left_out) - left_out, lengths)
     return Scan(lengths, sizes, starts)
 
 
