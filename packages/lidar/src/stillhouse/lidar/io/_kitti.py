@@ -93,7 +93,7 @@ def read_bin(path: str | os.PathLike[str], *, columns: int = 4, drop_invalid: bo
 
 
 def read_labels(path: str | os.PathLike[str], *, count: int | None = None) -> np.ndarray:
-    """Read the semantic ids of a SemanticKITTI `.label` file (low 16 of 32 bits; the high ones are instances).
+    """Read the semantic ids of a SemanticKITTI `.label` file: the low 16 of 32 bits.
 
     Args:
         path: the file.
@@ -122,8 +122,8 @@ def read_labels(path: str | os.PathLike[str], *, count: int | None = None) -> np
         semantic.max() > _LARGEST_LABEL or (not semantic.any() and bool((words >> 16 > 0xFF).any()))
     ):
         raise DataError(
-            f"{path}: holds ids that SemanticKITTI does not have (0 to {_LARGEST_LABEL} in the low 16 bits of "
-            "a little-endian uint32); wrong format or byte order"
+            f"{path}: holds ids that SemanticKITTI does not have (0 to {_LARGEST_LABEL} in the low 16 bits "
+            "of a little-endian uint32); wrong format or byte order"
         )
     return semantic
 
@@ -203,7 +203,7 @@ def _rigid(path: Path, number: int, line: str) -> np.ndarray:
         or np.linalg.det(rotation) < 0
     ):
         raise DataError(
-            f"{path}, line {number}: is no rigid motion (its left 3 × 3 part must be a rotation); the file is "
-            "damaged or has another order of numbers"
+            f"{path}, line {number}: is no rigid motion (its left 3 × 3 part must be a rotation); the file "
+            "is damaged or has another order of numbers"
         )
     return matrix

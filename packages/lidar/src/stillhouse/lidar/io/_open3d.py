@@ -1,4 +1,4 @@
-"""The one place where Open3D is imported: a missing system library becomes one line that names its package."""
+"""One place where Open3D is imported; a missing system library becomes one line that names its package."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ._scan import Scan
 
 @runtime_checkable
 class ScanSource(Protocol):
-    """What training reads from: sweeps by number with their poses; files and simulated drives are both one."""
+    """What training reads: sweeps by number with their poses; files and simulated drives are both one."""
 
     @property
     def name(self) -> str:
@@ -140,8 +140,8 @@ def _match_poses(file: Path, poses: np.ndarray, paths: list[Path]) -> np.ndarray
         numbers = [int(stem) for stem in stems]
         if max(numbers) >= len(poses) and len(poses) != len(paths):
             raise DataError(
-                f"{file}: has {len(poses):,} poses, and the sweep {paths[int(np.argmax(numbers))].name} needs "
-                f"number {max(numbers):,}; give the poses of this sequence"
+                f"{file}: has {len(poses):,} poses, and the sweep {paths[int(np.argmax(numbers))].name} "
+                f"needs number {max(numbers):,}; give the poses of this sequence"
             )
         return poses[numbers] if max(numbers) < len(poses) else poses
     if len(poses) != len(paths):

@@ -56,7 +56,7 @@ def write_cloud(
         path: the file; its folder must exist.
         points: [N, 3], metres, finite, N ≥ 1.
         colours: [N, 3], uint8 or floating-point from 0 to 1; not for `.bin`.
-        remission: [N]; the field `intensity` of `.ply` and `.pcd`, the fourth column of `.bin` (0 where None).
+        remission: [N]; the field `intensity` of `.ply` and `.pcd`, the fourth column of `.bin` (None: 0).
 
     Returns:
         The path.

@@ -28,8 +28,8 @@ def voxel_keys(points: np.ndarray, voxel: float) -> np.ndarray:
     cells = np.floor(np.asarray(points, dtype=np.float64) / voxel).astype(np.int64)
     if len(cells) and (cells.min() < -_HALF or cells.max() >= _HALF):
         raise ValueError(
-            f"points: reach {float(np.abs(points).max()):.3g} m, more than {_HALF} voxels of {voxel} m; use a "
-            "frame nearer to the points or larger voxels"
+            f"points: reach {float(np.abs(points).max()):.3g} m, more than {_HALF} voxels of {voxel} m; use "
+            "a frame nearer to the points or larger voxels"
         )
     cells += _HALF
     return (cells[:, 0] << (2 * _BITS)) | (cells[:, 1] << _BITS) | cells[:, 2]

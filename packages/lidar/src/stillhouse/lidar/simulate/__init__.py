@@ -1,4 +1,4 @@
-"""Simulated drives through streets: ray-cast sweeps with labels, poses and the exact map of what stands still.
+"""Simulated drives through streets: ray-cast sweeps with labels, poses, the exact map of what stands still.
 
 A street has a bending road with kerbs, pavements, houses with windows, front gardens with fences and hedges,
 trees, lamp posts, signs, parked cars, and cars and people that move between the sweeps. Ray casting is

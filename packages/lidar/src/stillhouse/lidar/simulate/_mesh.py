@@ -64,7 +64,7 @@ class Frame:
 def box(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return vertices and triangles of the box between two corners."""
     low, high = np.asarray(low, float), np.asarray(high, float)
-    unit = np.concatenate([_CORNERS, _CORNERS + [0, 0, 1]])
+    unit = np.concatenate([_CORNERS, _CORNERS + np.array([0, 0, 1])])
     middle, half = (low + high) / 2, (high - low) / 2
     vertices = np.empty((8, 3))
     vertices[:, :2] = unit[:, :2] * half[:2] + middle[:2]
@@ -76,7 +76,7 @@ def quads(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return vertices and triangles of quadrilaterals [Q, 4, 3], corners in order around each."""
     count = len(corners)
     base = 4 * np.arange(count)[:, None]
-    triangles = np.concatenate([base + [0, 1, 2], base + [0, 2, 3]])
+    triangles = np.concatenate([base + np.array([0, 1, 2]), base + np.array([0, 2, 3])])
     return np.reshape(corners, (-1, 3)), triangles
 
 
