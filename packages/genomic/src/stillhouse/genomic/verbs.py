@@ -18,11 +18,11 @@ from stillhouse.core.cli import (
     VerboseOption,
     speaking,
 )
-from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.core.errors import ConfigError
 from stillhouse.core.run import ProgressHandle, Run
 
 if TYPE_CHECKING:
-    from .huggingface import Loaded
+    from .student.store import Loaded
 
 StudentArgument = Annotated[
     Path, typer.Argument(metavar="STUDENT", help="Folder of a finished student, or of the run that made it.")
@@ -388,12 +388,8 @@ def _bar_to(bar: ProgressHandle) -> Callable[[int, int], None]:
 
 def load(student: Path, run: Run) -> Loaded:
     """Load a finished student, given its folder or the folder of the run that made it."""
-    from .huggingface import load_student
+    from .student.store import load_student
 
     if not student.is_dir():
         raise ConfigError(f"{student}: no such folder; give the folder of a finished student")
-    inside = student / "student"
-    folder = inside if not (student / "config.json").is_file() or inside.is_dir() else student
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{student}: holds no student (no config.json); give the folder of a finished one")
-    return load_student(folder)
+    return load_student(student, device=str(run.torch_device()))

@@ -61,7 +61,7 @@ def finetune_report(table: Mapping[str, Any], found: FinetuneResult, test: Seque
             for one in found.seeds
         ],
         formats={"validation": ".3f", **dict.fromkeys(keys, ".3f")},
-        caption="Each training on the test part; brackets resample the test sequences, by groups where known.",
+        caption="Each training on the test part; brackets resample the test sequences, or their groups.",
         note="The validation score chose the epoch and is no result.",
     )
     section.table(

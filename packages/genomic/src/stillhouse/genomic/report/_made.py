@@ -95,7 +95,7 @@ def add_training(report: Report, results: GenomicResults, folder: Path) -> None:
     if results.gradient_logs:
         section.text(
             "Gradient norms of the alignment and of the reconstruction term, with respect to the student. "
-            "Where one is far below the other, the smaller term does not steer training: change `distill.lambda_`."
+            "Where one is far below the other, the smaller term does not steer training: change the weights."
         )
         _curves(section, results.gradient_logs, folder, gradients=True)
 

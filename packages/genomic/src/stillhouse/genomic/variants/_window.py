@@ -106,4 +106,5 @@ def windows_of(
     for at, (site, row) in enumerate(zip(sites, letters, strict=True)):
         windows[at, : len(row)] = row
         hidden[at, slice(*site.hidden)] = True
+    hidden &= windows != ord("N")  # as in training, where N is never masked
     return windows, lengths, hidden
