@@ -65,7 +65,14 @@ def by_hand(network: KmerTransformer, ids: list[int]) -> torch.Tensor:
     def norm(x, scale):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale
 
-    x = w["embedding.weight"][ids]
+    rows = []
+    for index in ids:
+        row, word = w["embedding.weight"][index].clone(), THREE.token(index)
+        if config.composed and len(word) == 3:
+            for j, letter in enumerate(word):
+                row += w["letters"][4 * j + "ATCG".index(letter)]
+        rows.append(row)
+    x = torch.stack(rows)
     place = torch.arange(len(ids), dtype=torch.float64)[:, None]
     angle = place * 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) * 2 / size)
     turn = torch.polar(torch.ones_like(angle), angle)
@@ -93,14 +100,16 @@ def by_hand(network: KmerTransformer, ids: list[int]) -> torch.Tensor:
     return norm(x, w["norm.weight"])
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_the_network_is_what_it_says(activation):
-    network = make_network(KmerTransformerConfig(width=32, depth=2, heads=4, k=3, activation=activation))
+@pytest.mark.parametrize(("activation", "composed"), [("swiglu", True), ("gelu", True), ("swiglu", False)])
+def test_the_network_is_what_it_says(activation, composed):
+    config = KmerTransformerConfig(width=32, depth=2, heads=4, k=3, activation=activation, composed=composed)
+    network = make_network(config)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(8)  # away from the almost linear start
         network.norm.weight.uniform_(0.5, 1.5)
-    ids = THREE.encode(random_windows(1, 40)).ids
+    ids = THREE.encode(random_windows(1, 40, n=0.05)).ids
+    assert ids.shape[1] > 14  # single letters and N are among them
     torch.testing.assert_close(
         network(ids)[0].double(), by_hand(network, ids[0].tolist()), rtol=1e-4, atol=1e-5
     )
@@ -121,7 +130,7 @@ def test_layers_and_their_refusal(teacher):
     tokens = teacher.tokenizer.encode(random_windows(2, 30))
     one, last, first, again = teacher.features(tokens, layers=(1, -1, 0, 3))
     assert torch.equal(last, again)
-    assert torch.equal(first, teacher.network.embedding(tokens.ids))
+    assert first.shape == (2, 10, teacher.width)
     assert torch.equal(one, teacher.features(tokens, layers=[-3])[0])
     assert not torch.allclose(one, last)
     assert last.shape == (2, 10, teacher.width)
@@ -163,6 +172,17 @@ def test_what_is_hidden_does_not_leak(teacher):
         teacher.features(tokens, visible=torch.ones(tokens.ids.shape))
 
 
+@pytest.mark.parametrize("composed", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_gets_a_gradient(composed, tied):
+    network = make_network(
+        KmerTransformerConfig(width=32, depth=1, heads=2, k=3, composed=composed, tied=tied)
+    )
+    batch = torch.from_numpy(random_windows(2, 60))
+    MaskedLanguageDistiller(network).loss("teacher", batch, make_step()).total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
 def test_a_teacher_answers_to_the_protocol(teacher):
     assert isinstance(teacher, Teacher)
     assert teacher.parameters == sum(p.numel() for p in teacher.network.parameters())
@@ -194,6 +214,8 @@ def test_wrong_sizes_and_inputs(teacher):
         teacher.network(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="vocabulary ends at"):
         teacher.features(KmerTokenizer(6).encode(np.frombuffer(b"GGGGGG", np.uint8)[None]))
+    with pytest.raises(ValueError, match="expected k = 3 and vocab_size = 9"):
+        KmerTransformer(SMALL, 9)
     with pytest.raises(ValueError, match="k = 6"):
         KmerTeacher(make_network(), KmerTokenizer(6))
 

@@ -119,8 +119,10 @@ class HuggingFaceTeacher:
         folder = _folder(source, transformers)
         raw = _config(folder)
         tokenizer = KmerTokenizer.from_pretrained(folder)
-        quiet = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
+        log = transformers.logging
+        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        log.disable_progress_bar()
         try:
             network, info = _load(folder, raw, transformers, trust_remote_code, dtype)
         except _LOADING_FAILS as error:
@@ -134,7 +136,9 @@ class HuggingFaceTeacher:
             )
             raise DataError(f"{source}: cannot be loaded ({str(error).splitlines()[0]}){code}") from error
         finally:
-            transformers.logging.set_verbosity(quiet)
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
         _check_loaded(source, info)
         stated = raw.get("mask_token_id")
         if stated is not None and stated != tokenizer.mask_id:
@@ -149,7 +153,7 @@ class HuggingFaceTeacher:
             return cls(
                 network.to(device),
                 tokenizer,
-                name=Path(source).name,
+                name=Path(source).name or folder.resolve().name,
                 licence=licence or find_licence(text, raw, names),
                 final=final,
             )
@@ -257,7 +261,8 @@ def _folder(source: str | os.PathLike[str], transformers: Any) -> Path:
             folder = Path(snapshot_download(str(source), allow_patterns=[*wanted, "pytorch_model*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise DataError(
-            f"{source}: cannot be downloaded ({str(error).splitlines()[0]}); download the model where there "
+            f"{source}: no such folder, and as a name of the hub it cannot be downloaded ("
+            f"{str(error).splitlines()[0]}); download the model where there "
             "is a network and give its folder"
         ) from error
     return folder

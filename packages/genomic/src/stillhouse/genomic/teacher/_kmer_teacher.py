@@ -83,9 +83,7 @@ class KmerTeacher:
         device = self.network.embedding.weight.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = KmerTransformer(
-                self.network.config, self.tokenizer.vocab_size, pad_id=self.tokenizer.pad_id
-            )
+            fresh = KmerTransformer(self.network.config, tokenizer=self.tokenizer)
         return KmerTeacher(fresh.to(device), self.tokenizer, name=f"untrained {self.name}")
 
 

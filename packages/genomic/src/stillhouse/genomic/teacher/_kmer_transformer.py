@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from stillhouse.core.errors import ConfigError
 
+from ..tokenizers import KmerTokenizer
+from ._marginal import spelling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KmerTransformerConfig:
@@ -27,6 +30,9 @@ class KmerTransformerConfig:
         max_tokens: longest sequence in tokens.
         activation: "swiglu" or "gelu".
         tied: the head shares the embedding's weights.
+        composed: the embedding of a token is a vector of its own plus one of each of its letters at its
+            place, so that k-mers with letters in common begin alike. A vocabulary of 4096 words is learned
+            from a genome of a few megabases in far fewer steps.
         k: letters of a token.
     """
 
@@ -38,6 +44,7 @@ class KmerTransformerConfig:
     max_tokens: int = 2048
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied: bool = True
+    composed: bool = True
     k: int = 6
 
     def __post_init__(self) -> None:
@@ -66,24 +73,48 @@ class KmerTransformer(nn.Module):
 
     Args:
         config: sizes.
-        vocab_size: V, 4107 for NTv2's 6-mers.
-        pad_id: id whose embedding stays zero.
+        vocab_size: V; may be left out.
+        tokenizer: the vocabulary; NTv2's order for the configuration's k when None.
+
+    Attributes:
+        vocab_size, pad_id: of the tokenizer; the embedding of the pad id stays zero.
+
+    Raises:
+        ValueError: a tokenizer of another k or size.
 
     Example:
-        >>> network = KmerTransformer(KmerTransformerConfig(width=16, depth=1, heads=2), vocab_size=4107)
+        >>> network = KmerTransformer(KmerTransformerConfig(width=16, depth=1, heads=2))
         >>> features = network(torch.tensor([[6, 7, 8]]))
         >>> features.shape, network.logits(features[:, 1]).shape
         (torch.Size([1, 3, 16]), torch.Size([1, 4107]))
     """
 
-    def __init__(self, config: KmerTransformerConfig, vocab_size: int, *, pad_id: int = 1) -> None:
+    def __init__(
+        self,
+        config: KmerTransformerConfig,
+        vocab_size: int | None = None,
+        *,
+        tokenizer: KmerTokenizer | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.pad_id = config, vocab_size, pad_id
+        tokenizer = KmerTokenizer(config.k) if tokenizer is None else tokenizer
+        size = tokenizer.vocab_size
+        if tokenizer.k != config.k or vocab_size not in (None, size):
+            raise ValueError(
+                f"the tokenizer has k = {tokenizer.k} and {size} ids; expected k = {config.k} and vocab_size = "
+                f"{vocab_size}"
+            )
+        self.config, self.vocab_size, self.pad_id = config, size, tokenizer.pad_id
         d = config.width
-        self.embedding = nn.Embedding(vocab_size, d, padding_idx=pad_id)
+        self.embedding = nn.Embedding(size, d, padding_idx=self.pad_id)
+        self.letters = nn.Parameter(torch.empty(4 * config.k, d)) if config.composed else None
+        self.kmer_ids: Tensor
+        self.spelling: Tensor
+        self.register_buffer("kmer_ids", tokenizer.kmer_ids.clone(), persistent=False)
+        self.register_buffer("spelling", spelling(config.k).float(), persistent=False)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(d, eps=1e-6)
-        self.head = nn.Linear(d, vocab_size)
+        self.head = nn.Linear(d, size)
         cos, sin = _rotations(config.max_tokens, d // config.heads)
         self.cos: Tensor
         self.sin: Tensor
@@ -106,6 +137,8 @@ class KmerTransformer(nn.Module):
             nn.init.normal_(end.weight, std=0.02 / math.sqrt(2 * self.config.depth))
         with torch.no_grad():
             self.embedding.weight[self.pad_id].zero_()
+            if self.letters is not None:
+                nn.init.normal_(self.letters, std=0.02)
 
     def forward(self, ids: Tensor, *, attend: Tensor | None = None) -> Tensor:
         """Final features.
@@ -145,7 +178,7 @@ class KmerTransformer(nn.Module):
             attend = attend.clone()
             attend[:, :1] = True  # a window without tokens would have nothing to attend to
             mask = attend[:, None, None, :]
-        x = self.embedding(ids)
+        x = F.embedding(ids, self._composed(self.embedding.weight), padding_idx=self.pad_id)
         cos, sin = self.cos[:length], self.sin[:length]
         states = []
         for index, block in enumerate(self.blocks):
@@ -155,7 +188,13 @@ class KmerTransformer(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits over the vocabulary, [..., V]; give it the features of the tokens in question alone."""
-        return self.head(features)
+        return F.linear(features, self._composed(self.head.weight), self.head.bias)
+
+    def _composed(self, weight: Tensor) -> Tensor:
+        """Vectors of tokens [V, d]: their own, and for k-mers those of their letters."""
+        if self.letters is None:
+            return weight
+        return weight.index_add(0, self.kmer_ids, self.spelling.to(self.letters.dtype) @ self.letters)
 
 
 class _Block(nn.Module):

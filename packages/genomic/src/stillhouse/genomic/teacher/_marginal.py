@@ -53,7 +53,7 @@ def nucleotide_marginals(logits: Tensor, tokens: KmerTokens, tokenizer: KmerToke
     single = (sizes == 1) & known if k > 1 else torch.zeros_like(whole)
     if whole.any():
         probs = logits[whole][:, tokenizer.kmer_ids.to(device)].softmax(-1)
-        flat = probs @ _indicator(k).to(probs)
+        flat = probs @ spelling(k).to(probs)
         tiny = torch.finfo(flat.dtype).tiny
         table[whole] = flat.clamp_min(tiny).log().view(-1, k, 4)
     if single.any():
@@ -68,8 +68,8 @@ def nucleotide_marginals(logits: Tensor, tokens: KmerTokens, tokenizer: KmerToke
     return found[..., list(_TO_ACGT)]
 
 
-def _indicator(k: int) -> Tensor:
-    """[4^k, k · 4]: 1 where the k-mer has the letter at the place; letters in the order A T C G."""
+def spelling(k: int) -> Tensor:
+    """int64 [4^k, k · 4]: 1 where the k-mer has the letter at the place; letters in the order A T C G."""
     values = torch.arange(4**k)
     digits = torch.stack([(values >> (2 * (k - 1 - j))) & 3 for j in range(k)], dim=1)
     return torch.nn.functional.one_hot(digits, 4).view(4**k, k * 4)

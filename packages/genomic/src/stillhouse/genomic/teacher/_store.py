@@ -78,7 +78,7 @@ def load_teacher(source: str | os.PathLike[str] | Artifact, *, device: str = "cp
     tokenizer = KmerTokenizer.from_pretrained(artifact.folder)
     try:
         config = KmerTransformerConfig(**artifact.config["network"])
-        network = KmerTransformer(config, tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+        network = KmerTransformer(config, tokenizer=tokenizer)
         network.load_state_dict(artifact.tensors())
         name, licence = artifact.config["name"], artifact.config["licence"]
         return KmerTeacher(network.to(device), tokenizer, licence=licence, name=str(name))

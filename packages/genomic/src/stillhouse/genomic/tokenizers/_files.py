@@ -54,7 +54,8 @@ def read_vocabulary(folder: Path) -> VocabularyFile:
         named = {role: token for role, token in roles.items() if token}
         if name == "vocab.txt":
             ids = {line.strip(): index for index, line in enumerate(text.rstrip("\n").split("\n"))}
-            starts = named.get("cls_token", "<cls>" if "<cls>" in ids else None)  # as EsmTokenizer does
+            usual = next((token for token in ("<cls>", "[CLS]") if token in ids), None)
+            starts = named.get("cls_token", usual)  # as EsmTokenizer and BertTokenizer do
         elif name == "vocab.json":
             ids, starts = dict(json.loads(text)), None
         else:
