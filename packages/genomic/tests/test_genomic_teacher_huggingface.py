@@ -341,3 +341,76 @@ def test_saved_weights_are_the_ones_that_answer(esm_folder, esm):
     stored = load_file(esm_folder / "model.safetensors")["esm.embeddings.word_embeddings.weight"]
     tokens = esm.tokenizer.encode(WINDOWS[:1])
     assert torch.equal(esm.features(tokens, layers=(0,))[0][0], stored[tokens.ids[0]])
+
+
+CODE = """
+from pathlib import Path
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+Path({marker!r}).write_text("was run")
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+    def __init__(self, vocab_size=4107, hidden_size=8, num_hidden_layers=1, **rest):
+        super().__init__(**rest)
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.num_hidden_layers = num_hidden_layers
+
+class OwnForMaskedLM(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+    def forward(self, input_ids, output_hidden_states=False):
+        x = self.words(input_ids)
+        return MaskedLMOutput(logits=self.head(x.tanh()), hidden_states=(x, x.tanh()))
+"""
+
+
+def test_code_of_a_model_runs_only_where_it_is_asked_for(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForMaskedLM": "own.OwnForMaskedLM"}
+    config = {
+        "model_type": "own",
+        "auto_map": code,
+        "vocab_size": 4107,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {"words.weight": torch.randn(4107, 8), "head.weight": torch.randn(4107, 8)}
+    weights["head.bias"] = torch.randn(4107)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ntv2_tokenizer(folder)
+    with pytest.raises(DataError, match="comes with its own code, which was not run"):
+        HuggingFaceTeacher.from_pretrained(folder)
+    assert not marker.exists()
+    teacher = HuggingFaceTeacher.from_pretrained(folder, trust_remote_code=True)
+    assert marker.exists()
+    tokens = teacher.tokenizer.encode(WINDOWS)
+    first, last = teacher.features(tokens, layers=(0, -1))
+    assert torch.equal(first, weights["words.weight"][tokens.ids])
+    assert torch.equal(last, first.tanh())
+    assert teacher.nucleotide_log_probs(tokens).shape == (2, 30, 4)
+
+
+def test_a_name_that_cannot_be_downloaded(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refuse(*_args, **_options):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(DataError, match=r"InstaDeepAI/nt: no such folder, and .* \(no network\)"):
+        HuggingFaceTeacher.from_pretrained("InstaDeepAI/nt")
