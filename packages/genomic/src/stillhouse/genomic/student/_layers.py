@@ -9,6 +9,24 @@ from torch.nn import functional as F
 EPSILON = 1e-5
 
 
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) ⊙ weight over the last dimension, in the dtype of x.
+
+    `torch.nn.RMSNorm` with half-precision x under autocast and float32 weights takes a slower path and warns.
+
+    Args:
+        width: size of the last dimension.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width]."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
+
+
 class GatedMLP(nn.Module):
     """SwiGLU: W_o (SiLU(W_g x) ⊙ W_u x), without biases; 3 · width · hidden parameters.
 
@@ -42,10 +60,12 @@ def rotate(x: Tensor, positions: Tensor | None = None, *, base: float = 10_000.0
         [B, H, L, D].
     """
     length, half = x.shape[-2], x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    # Angles grow with the position: in float32 far ones would lose the distance they are to tell.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    rates = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     if positions is None:
         positions = torch.arange(length, device=x.device)[None]
-    angles = positions[:, None, :, None].float() * rates
+    angles = positions[:, None, :, None].to(exact) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     one, two = x[..., :half], x[..., half:]
     return torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
@@ -70,7 +90,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """Attend from every position to those where `attend` is True."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, width // self.heads)).permute(2, 0, 3, 1, 4)
         mask = None
         if attend is not None:
             # A row of padding alone would divide by zero; what it then attends to does not matter.

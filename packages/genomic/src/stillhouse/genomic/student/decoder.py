@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import EPSILON, GatedMLP, rotate
+from ._layers import GatedMLP, RMSNorm, rotate
 
 
 class CrossAttention(nn.Module):
@@ -24,7 +24,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.split = (heads, width // heads)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.kv_proj = nn.Linear(width, 2 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
@@ -42,8 +42,8 @@ class CrossAttention(nn.Module):
         Returns:
             [B, M, width].
         """
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv_proj(keys).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = self.q_proj(x).unflatten(-1, self.split).transpose(1, 2)
+        k, v = self.kv_proj(keys).unflatten(-1, (2, *self.split)).permute(2, 0, 3, 1, 4)
         o = F.scaled_dot_product_attention(
             rotate(q, at), rotate(k, keys_at), v, attn_mask=mask[:, None, None, :]
         )
@@ -55,9 +55,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=EPSILON)
+        self.attention_norm = RMSNorm(width)
         self.attention = CrossAttention(width, heads)
-        self.mlp_norm = nn.RMSNorm(width, eps=EPSILON)
+        self.mlp_norm = RMSNorm(width)
         self.mlp = GatedMLP(width, max(1, round(mlp_ratio * width)))
 
     def forward(self, x: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, mask: Tensor) -> Tensor:
@@ -109,10 +109,10 @@ class MaskedDecoder(nn.Module):
             "mlp_ratio": mlp_ratio,
         }
         self.in_proj = nn.Linear(width, inner, bias=False)
-        self.key_norm = nn.RMSNorm(inner, eps=EPSILON)
+        self.key_norm = RMSNorm(inner)
         self.mask_embedding = nn.Parameter(torch.randn(inner))
         self.blocks = nn.ModuleList(DecoderBlock(inner, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.RMSNorm(inner, eps=EPSILON)
+        self.norm = RMSNorm(inner)
         self.head = nn.Linear(inner, 4)
 
     def forward(self, features: Tensor, visible: Tensor, queries: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from ._config import StudentConfig
-from ._layers import EPSILON, GatedMLP, SelfAttention, check_ids
+from ._layers import GatedMLP, RMSNorm, SelfAttention, check_ids
 from .cnn import GatedConvolution
 from .gdn import BiGatedDeltaNet
 from .rc import RcEquivariant
@@ -23,9 +23,9 @@ class Block(nn.Module):
 
     def __init__(self, config: StudentConfig, mixer: nn.Module) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.width, eps=EPSILON)
+        self.mixer_norm = RMSNorm(config.width)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(config.width, eps=EPSILON)
+        self.mlp_norm = RMSNorm(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_width)
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         self.depth = config.depth
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in _mixers(config))
-        self.norm = nn.RMSNorm(config.width, eps=EPSILON)
+        self.norm = RMSNorm(config.width)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv1d):
                 inputs = module.weight[0].numel()
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         """The same from embedded letters [B, L, width], for gradients with respect to the input."""
         outputs = []
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, attend) if x.shape[1] else x  # convolutions refuse an empty sequence
             outputs.append(x)
         features = self.norm(x)
         return (features, [*outputs[:-1], features]) if hidden else features

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._config import StudentConfig
-from ._layers import EPSILON
+from ._layers import RMSNorm
 from .ops import gated_delta
 
 
@@ -92,7 +92,7 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-4, 16).log())
         dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        self.norm = nn.Parameter(torch.ones(values))
+        self.norm = RMSNorm(values)
         self.out_proj = nn.Linear(heads * values, config.width, bias=False)
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
@@ -141,8 +141,7 @@ class GatedDeltaNet(nn.Module):
 
     def finish(self, o: Tensor, gate: Tensor) -> Tensor:
         """Normalise, gate and map back: o [B, L, H, d_v], gate [B, L, H · d_v] → [B, L, width]."""
-        o = F.rms_norm(o, (o.shape[-1],), self.norm.to(o.dtype), EPSILON).flatten(-2)
-        return self.out_proj(o * F.silu(gate))
+        return self.out_proj(self.norm(o).flatten(-2) * F.silu(gate))
 
 
 def unit(x: Tensor) -> Tensor:
