@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stillhouse.core.cache import CacheSpec, TeacherCache, settings_hash, vocabulary_hash
+from stillhouse.core.errors import DataError
 from stillhouse.core.teacher import HiddenSignal, weight_hash
 
 from ..tokenizers import KmerTokenizer, KmerTokens
@@ -99,7 +100,8 @@ class CachedTeacher:
         found = [torch.zeros(*tokens.ids.shape, self.width, device=device) for _ in wanted]
         if known:
             signal = self.cache.lookup([names[row] for row in known]).signal
-            assert isinstance(signal, HiddenSignal)  # the specification says so
+            if not isinstance(signal, HiddenSignal):
+                raise DataError(f"{self.cache.path}: holds no hidden states; delete it and make it again")
             for values, layer in zip(found, wanted, strict=True):
                 stored = signal.values[f"layer{layer}"].float().to(device)
                 values[torch.tensor(known, device=device), : stored.shape[1]] = stored
