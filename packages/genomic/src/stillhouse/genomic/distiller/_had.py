@@ -128,9 +128,7 @@ class HadDistiller:
         if self.decoder is not None:
             logits = self.decoder(features, view.attend & ~mask.characters, mask.characters)
             terms["reconstruct"] = window_mean(
-                F.cross_entropy(
-                    logits[mask.characters], view.nucleotides[mask.characters], reduction="none"
-                ),
+                F.cross_entropy(logits[mask.characters], view.nucleotides[mask.characters], reduction="none"),
                 mask.characters,
             )
             weights["reconstruct"] = self.config.reconstruct_weight if self.teacher is not None else 1.0

@@ -75,9 +75,7 @@ class LogitDistiller:
         view = view_of(batch, self.characters, self.teacher.tokenizer)
         if self.config.compat == "none":
             key = (self.seed << 40) + step.index
-            mask = seeded_mask(
-                view.tokens, self.config.mask_ratio, tokenizer=self.teacher.tokenizer, key=key
-            )
+            mask = seeded_mask(view.tokens, self.config.mask_ratio, tokenizer=self.teacher.tokenizer, key=key)
         else:
             mask = nothing_masked(view.tokens, tokenizer=self.teacher.tokenizer)
         return self.losses(view.to(device), mask.to(device))

@@ -98,4 +98,5 @@ class KmerTokens:
         index = (self.groups + rows)[self.groups >= 0]
         flat = features[self.groups >= 0]
         total = features.new_zeros(batch * count, features.shape[-1]).index_add(0, index, flat)
-        return total.view(batch, count, -1) / self.sizes.clamp_min(1)[..., None].to(features.dtype)
+        mean = total / self.sizes.clamp_min(1).view(-1, 1).to(features.dtype)
+        return mean.view(batch, count, features.shape[-1])
