@@ -101,8 +101,8 @@ class KmerTransformer(nn.Module):
         size = tokenizer.vocab_size
         if tokenizer.k != config.k or vocab_size not in (None, size):
             raise ValueError(
-                f"the tokenizer has k = {tokenizer.k} and {size} ids; expected k = {config.k} and vocab_size = "
-                f"{vocab_size}"
+                f"the tokenizer has k = {tokenizer.k} and {size} ids; expected k = {config.k} and "
+                f"vocab_size = {vocab_size}"
             )
         self.config, self.vocab_size, self.pad_id = config, size, tokenizer.pad_id
         d = config.width
