@@ -119,9 +119,10 @@ def _curves(section: Section, logs: Any, folder: Path, *, gradients: bool) -> No
         if not wanted:
             continue
         what = "Gradient norms" if gradients else "Unweighted loss terms"
-        figures.append(
-            (training_curves(rows, terms=wanted, title=title), "", f"{what} of {title} over its steps.")
-        )
+        figure = training_curves(rows, terms=wanted, title=title)
+        if gradients:
+            figure.axes[0].set_ylabel("norm of the gradient")
+        figures.append((figure, "", f"{what} of {title} over its steps."))
     if figures:
         section.figures(figures)
 

@@ -80,9 +80,11 @@ def _headline(report: Report, results: GenomicResults) -> None:
         teacher = teachers[0]
         common, better = _compare(results, student, teacher)
         if common:
+            tasks = f"task{'' if common == 1 else 's'}"
             parts.append(
-                f"The student scores at or above its teacher on {better} of {common} "
-                f"task{'' if common == 1 else 's'}"
+                f"The student scores at or above its teacher on {better} of {common} {tasks}"
+                if better
+                else f"The student scores below its teacher on all of {common} {tasks}"
             )
             facts.append((f"{better} of {common}", "tasks at or above the teacher"))
         if student.parameters and teacher.parameters:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN_ROLES = ("teacher", "student")
+_FURTHER = {"accuracy": "accuracy", "auroc": "AUROC"}
 
 
 def add_quality(report: Report, results: GenomicResults) -> None:
@@ -47,20 +48,20 @@ def add_quality(report: Report, results: GenomicResults) -> None:
     notes = [f"- **{task.name}**: {task.note}" for task in results.tasks if task.note]
     if notes:
         section.text("\n".join(notes))
-    further = [key for key in ("accuracy", "auroc") if _has(results, key)]
+    further = {key: name for key, name in _FURTHER.items() if _has(results, key)}
     if further:
         rows = [
             {
                 "task": task.name,
                 "model": model.name,
-                **{key: _extra(results, model, task.name, key) for key in further},
+                **{further[key]: _extra(results, model, task.name, key) for key in further},
             }
             for task in results.tasks
             for model in results.by_role(*_SHOWN_ROLES)
             if task.name in results.scores.get(model.name, {})
         ]
         section.table(
-            rows, formats=dict.fromkeys(further, ".3f"), caption="The same probes by other metrics."
+            rows, formats=dict.fromkeys(further.values(), ".3f"), caption="The same probes by other metrics."
         )
 
 
@@ -119,7 +120,7 @@ def add_ablation(report: Report, results: GenomicResults) -> None:
             for model in rows
         ],
         best={**dict.fromkeys(tasks, "max"), "mean": "max"},
-        formats={**dict.fromkeys(tasks, ".3f"), "mean": ".3f", "parameters": "si"},
+        formats={**dict.fromkeys(tasks, ".2f"), "mean": ".3f", "parameters": "si"},
         caption="All rows on all tasks.",
         note=note,
     )
