@@ -43,19 +43,18 @@ def check_points(path: Path, points: np.ndarray, drop_invalid: bool) -> np.ndarr
     if len(points) == 0:
         raise DataError(f"{path}: holds no points; give a sweep with at least one")
     bad = nonfinite_rows(points)
-    if bad.any():
-        if not drop_invalid:
-            raise DataError(
-                f"{path}: {int(bad.sum()):,} of {len(bad):,} points hold NaN or Inf (the first is number "
-                f"{int(bad.argmax())}); remove them, or read with drop_invalid=True"
-            )
-        if bad.all():
-            raise DataError(f"{path}: every point holds NaN or Inf; the file is damaged")
+    if bad.all():
+        raise DataError(f"{path}: every point holds NaN or Inf; the file is damaged")
     farthest = float(np.abs(points[~bad, :3]).max())
     if farthest > FARTHEST:
         raise DataError(
             f"{path}: has a coordinate of {farthest:.3g} m, more than {FARTHEST:,.0f} m; expected metres as "
             "little-endian float32 in the sensor's frame (wrong format, unit or byte order?)"
+        )
+    if bad.any() and not drop_invalid:
+        raise DataError(
+            f"{path}: {int(bad.sum()):,} of {len(bad):,} points hold NaN or Inf (the first is number "
+            f"{int(bad.argmax())}); remove them, or read with drop_invalid=True"
         )
     return ~bad
 
