@@ -124,17 +124,23 @@ def _add_finetune(app: typer.Typer) -> None:
             str, typer.Option("--preset", metavar="NAME", help="Protocol: quick, ntb, gb.")
         ] = "quick",
         kind: Annotated[
-            str,
+            str | None,
             typer.Option(
                 "--kind",
                 metavar="KIND",
                 help="Chooses the metric: histone, enhancer, promoter, splice, splice_all, gb, other.",
+                show_default="the preset's",
             ),
-        ] = "other",
+        ] = None,
         convention: Annotated[
-            str,
-            typer.Option("--convention", metavar="NAME", help="Metrics of: plain, caduceus, hyenadna, gue."),
-        ] = "plain",
+            str | None,
+            typer.Option(
+                "--convention",
+                metavar="NAME",
+                help="Metrics of: plain, caduceus, hyenadna, gue.",
+                show_default="the preset's",
+            ),
+        ] = None,
         seeds: Annotated[
             int | None, typer.Option("--seeds", min=1, help="Trainings.", show_default="the preset's")
         ] = None,

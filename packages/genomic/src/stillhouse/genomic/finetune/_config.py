@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from stillhouse.core.errors import ConfigError
 
@@ -88,10 +89,10 @@ class FinetuneConfig:
         return metric(self.metric, self.convention, self.kind)
 
 
-_PRESETS = {
-    "quick": FinetuneConfig(),
-    "ntb": FinetuneConfig(epochs=20, batch=128, lr=1e-3, seeds=10, convention="caduceus"),
-    "gb": FinetuneConfig(epochs=10, batch=128, lr=1e-3, seeds=5, convention="caduceus", kind="gb"),
+_PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "ntb": {"epochs": 20, "batch": 128, "lr": 1e-3, "seeds": 10, "convention": "caduceus"},
+    "gb": {"epochs": 10, "batch": 128, "lr": 1e-3, "seeds": 5, "convention": "caduceus", "kind": "gb"},
 }
 
 
@@ -119,21 +120,22 @@ def preset_config(
         seed, freeze, conjoin, accelerator: as in `FinetuneConfig`.
 
     Raises:
-        ConfigError: an unknown preset, or a value out of range.
+        ConfigError: an unknown preset, a value out of range, or "ntb" without a kind.
     """
     if preset not in _PRESETS:
         raise ConfigError(f"--preset {preset}: allowed are {', '.join(_PRESETS)}")
-    base = _PRESETS[preset]
-    return replace(
-        base,
-        epochs=base.epochs if epochs is None else epochs,
-        batch=base.batch if batch is None else batch,
-        lr=base.lr if lr is None else lr,
-        seeds=base.seeds if seeds is None else seeds,
-        convention=base.convention if convention is None else convention,
-        kind=base.kind if kind is None else kind,
-        seed=seed,
-        freeze=freeze,
-        conjoin=conjoin,
-        accelerator=accelerator,
-    )
+    given = {
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "seeds": seeds,
+        "convention": convention,
+        "kind": kind,
+    }
+    chosen = _PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    if preset == "ntb" and kind is None:
+        raise ConfigError(
+            "--preset ntb needs --kind, which chooses the metric: histone, enhancer, promoter, splice or "
+            "splice_all"
+        )
+    return FinetuneConfig(seed=seed, freeze=freeze, conjoin=conjoin, accelerator=accelerator, **chosen)
