@@ -1,7 +1,7 @@
 """Sparse voxels in pure PyTorch: voxelisation, kernel maps, convolutions, norms, a UNet.
 
-Equal to dense convolutions at the occupied voxels, deterministic, without global state: kernel maps live and die with
-the `CoordinateSet` that they belong to.
+Equal to dense convolutions at the occupied voxels, deterministic, without global state: kernel maps live and
+die with the `CoordinateSet` that they belong to.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Voxel coordinates in one int64: 16 bits each for batch, x, y, z, so that an offset is one addition.
 
-Sorted keys are sorted coordinates (batch first, then x, y, z). Cells stay `GUARD` away from the ends of the 16-bit
-range, so that adding a kernel offset never carries into the next field.
+Sorted keys are sorted coordinates (batch first, then x, y, z). Cells stay `GUARD` away from the ends of the
+16-bit range, so that adding a kernel offset never carries into the next field.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The optional fast path: submanifold convolutions through the kernels of `spconv` or `spconv-triton`.
 
-On CUDA they train and infer; on CPU `spconv` offers inference alone. The result equals that of the "torch" backend up
-to rounding.
+On CUDA they train and infer; on CPU `spconv` offers inference alone. The result equals that of the "torch"
+backend up to rounding.
 """
 
 from __future__ import annotations

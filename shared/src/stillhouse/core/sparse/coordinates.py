@@ -12,9 +12,9 @@ from .kernel_map import KernelMap, block_map, submanifold_map, window_map
 class CoordinateSet:
     """Distinct occupied voxels of a batch, with every kernel map that was asked of them.
 
-    Maps live here, not in a global: they are built at the first use, shared by all layers that see this set, and
-    freed with it. A coarser set is reached through the finer one, so that a strided convolution and the transposed
-    one that undoes it use the same map.
+    Maps live here, not in a global: they are built at the first use, shared by all layers that see this set,
+    and freed with it. A coarser set is reached through the finer one, so that a strided convolution and the
+    transposed one that undoes it use the same map.
 
     Args:
         coords: int64 [M, 4], columns (batch, x, y, z), in units of this set's voxels, distinct, any order.
@@ -22,7 +22,7 @@ class CoordinateSet:
         stride: side of a voxel in voxels of the finest set.
 
     Raises:
-        ValueError: no voxel, a voxel twice, a coordinate out of range, or a batch index of `batch_size` or more.
+        ValueError: no voxel, a voxel twice, a coordinate out of range, or a batch index ≥ `batch_size`.
 
     Example:
         >>> import torch
@@ -94,8 +94,8 @@ class CoordinateSet:
     def coarser(self, stride: int = 2, kernel: int | None = None) -> tuple[CoordinateSet, KernelMap]:
         """The voxels `stride` times as large that hold this set's, and the map from here to there.
 
-        Parents are floor(cell / stride), also below 0. With `kernel == stride` (the default) each voxel meets its
-        parent; with an odd kernel a parent c takes the voxels around stride · c.
+        Parents are floor(cell / stride), also below 0. With `kernel == stride` (the default) each voxel meets
+        its parent; with an odd kernel a parent c takes the voxels around stride · c.
 
         Args:
             stride: side of a coarse voxel in voxels of this set, at least 2.
@@ -131,7 +131,7 @@ class CoordinateSet:
         return self._sets[stride]
 
     def centres(self) -> Tensor:
-        """Centres of the voxels in cells of the finest set, float64 [M, 3]: cell c spans c·stride … (c+1)·stride."""
+        """Centres of the voxels in cells of the finest set, float64 [M, 3]: a cell c spans c·s … (c + 1)·s − 1."""
         return (self.coords[:, 1:].double() + 0.5) * self.stride - 0.5
 
 

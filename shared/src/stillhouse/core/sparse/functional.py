@@ -59,12 +59,12 @@ def gather_rows(rows: Tensor, index: Tensor, bags: Bags | None = None) -> Tensor
     """
     if bags is None:
         bags = Bags.of(index, len(rows))
-    return _Gather.apply(rows, index, bags)  # type: ignore[no-any-return,no-untyped-call]
+    return _Gather.apply(rows, index, bags)
 
 
 def sum_rows(rows: Tensor, index: Tensor, bags: Bags) -> Tensor:
     """Sum of the rows that go to each destination: [N, C] → [M, C], with `bags = Bags.of(index, M)`."""
-    return _Sum.apply(rows, index, bags)  # type: ignore[no-any-return,no-untyped-call]
+    return _Sum.apply(rows, index, bags)
 
 
 def _product(rows: Tensor, gathered: Tensor, weight: Tensor, kernel_map: KernelMap, bags: Bags) -> Tensor:
@@ -170,12 +170,12 @@ def sparse_conv(x: Tensor, weight: Tensor, kernel_map: KernelMap, *, transposed:
     rows = kernel_map.n_outputs if transposed else kernel_map.n_inputs
     if x.ndim != 2 or weight.ndim != 3 or weight.shape[:2] != (kernel_map.size, x.shape[1]) or len(x) != rows:
         raise ValueError(
-            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; this map takes x [{rows}, C] and weight "
-            f"[{kernel_map.size}, C, D]"
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; this map takes x [{rows}, C] and "
+            f"weight [{kernel_map.size}, C, D]"
         )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; cast one, or run under autocast")
-    return _Convolution.apply(x, weight, kernel_map, transposed)  # type: ignore[no-any-return,no-untyped-call]
+    return _Convolution.apply(x, weight, kernel_map, transposed)

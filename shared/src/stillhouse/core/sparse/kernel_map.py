@@ -1,8 +1,8 @@
 """Which input voxel meets which output voxel under which kernel offset.
 
-A map lists pairs grouped by offset, so that a convolution is: gather the inputs of all pairs, one matrix product
-for each offset, sum the products of each output. The sums go through `Bags` (the pairs of each row, one after the
-other), which is deterministic on every device, unlike an atomic `index_add_`.
+A map lists pairs grouped by offset, so that a convolution is: gather the inputs of all pairs, one matrix
+product for each offset, sum the products of each output. The sums go through `Bags` (the pairs of each row,
+one after the other), which is deterministic on every device, unlike an atomic `index_add_`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class KernelMap:
         size: number of kernel offsets K.
         n_inputs: number of input voxels.
         n_outputs: number of output voxels.
-        centre: kernel index whose pairs are (i, i) for every voxel and are not listed; None where there is none.
+        centre: kernel index whose pairs are (i, i) for every voxel and are not listed; None where none is.
     """
 
     inputs: Tensor
@@ -101,8 +101,8 @@ class KernelMap:
 def submanifold_map(keys: Tensor, order: Tensor | None, kernel: int) -> KernelMap:
     """Pairs of a convolution whose outputs are its inputs: output p takes input p + offset.
 
-    Only half of the offsets is searched; the other half holds the same pairs, swapped. One search serves a whole
-    column of offsets along z, because its hits follow each other in the sorted keys.
+    Only half of the offsets is searched; the other half holds the same pairs, swapped. One search serves a
+    whole column of offsets along z, because its hits follow each other in the sorted keys.
 
     Args:
         keys: int64 [M], sorted, distinct.
@@ -141,7 +141,7 @@ def submanifold_map(keys: Tensor, order: Tensor | None, kernel: int) -> KernelMa
 
 
 def window_map(keys: Tensor, order: Tensor | None, queries: Tensor, kernel: int) -> KernelMap:
-    """Pairs of a convolution with other outputs than inputs: output j takes the inputs around cell `queries[j]`.
+    """Pairs of a convolution with other outputs than inputs: output j takes those around cell `queries[j]`.
 
     Args:
         keys: int64 [M], sorted keys of the inputs.

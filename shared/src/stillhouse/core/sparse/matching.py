@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .coordinates import CoordinateSet
 
-# Queries are moved by this tiny vector, whose parts have no rational ratio, so that of several voxels at the same
-# distance one wins by its place alone, whatever else the sets hold.
+# Queries are moved by this tiny vector, whose parts have no rational ratio, so that of several voxels at the
+# same distance one wins by its place alone, whatever else the sets hold.
 _NUDGE = (1e-6, 1e-6 * math.sqrt(2) / 2, 1e-6 * math.sqrt(3) / 3)
 _PAIRS = 2**23  # distances at a time where there is no tree
 
@@ -20,8 +20,7 @@ def nearest_voxels(queries: CoordinateSet, keys: CoordinateSet) -> Tensor:
     """For every voxel of one set the voxel of another whose centre is nearest, within the same sample.
 
     Both sets must descend from voxels of the same size; strides may differ. A tie goes to the same place every
-    time, independently of the other voxels and samples. CPU: a k-d tree for each sample; elsewhere: all distances,
-    in blocks.
+    time, whatever else the sets hold. On CPU a k-d tree for each sample, elsewhere all distances, in blocks.
 
     Args:
         queries: M voxels.

@@ -18,7 +18,7 @@ Norm = Literal["batch", "layer", "none"]
 
 
 class _Convolution(nn.Module):
-    """Weight [K, C, D] and an optional bias; drawn as `torch.nn.Conv3d` draws them, for a fan-in of `fan_in` offsets."""
+    """Weight [K, C, D] and an optional bias, drawn as `torch.nn.Conv3d` draws them, with `fan_in` offsets."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, bias: bool, fan_in: int) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class _Convolution(nn.Module):
 class SubmanifoldConv3d(_Convolution):
     """Convolution whose outputs are its inputs: no voxel appears, none goes.
 
-    Equals `conv3d` (cross-correlation, padded by half a kernel) of the dense volume with 0 at empty cells, read at the
-    occupied ones. `dense_weight()` gives the weight of that `conv3d`.
+    Equals `conv3d` (cross-correlation, padded by half a kernel) of the dense volume with 0 at empty cells, read
+    at the occupied ones. `dense_weight()` gives the weight of that `conv3d`.
 
     Args:
         in_channels: C.
@@ -91,14 +91,14 @@ class SubmanifoldConv3d(_Convolution):
 
 
 class StridedConv3d(_Convolution):
-    """Convolution to voxels `stride` times as large, which are the parents floor(cell / stride) of the inputs.
+    """Convolution to voxels `stride` times as large: the parents floor(cell / stride) of the inputs.
 
     Args:
         in_channels: C.
         out_channels: D.
         stride: at least 2.
-        kernel: `stride` (default: each voxel meets its parent alone), or odd (a parent c takes the voxels around
-            stride · c).
+        kernel: `stride` (default: each voxel meets its parent alone), or odd (a parent c takes the voxels
+            around stride · c).
         bias: add a bias.
 
     Shape:

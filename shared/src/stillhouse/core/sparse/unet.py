@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -28,16 +29,15 @@ def split_channels(channels: Sequence[int]) -> tuple[int, tuple[int, ...], tuple
     stages = len(channels) // 2
     if len(channels) < 3 or len(channels) % 2 == 0 or min(channels) < 1:
         raise ValueError(
-            f"channels is {tuple(channels)}; give the stem, then as many encoder as decoder widths, each at least 1"
+            f"channels is {tuple(channels)}; give the stem, then as many encoder as decoder widths, each at "
+            "least 1"
         )
     return channels[0], tuple(channels[1 : 1 + stages]), tuple(channels[1 + stages :])
 
 
 def _blocks(first: int, width: int, blocks: int, norm: Norm, backend: Backend) -> nn.Sequential:
     widths = [first] + [width] * blocks
-    return nn.Sequential(
-        *(ResidualBlock(a, b, norm=norm, backend=backend) for a, b in zip(widths, widths[1:], strict=False))
-    )
+    return nn.Sequential(*(ResidualBlock(a, b, norm=norm, backend=backend) for a, b in pairwise(widths)))
 
 
 class DownStage(nn.Module):
@@ -67,7 +67,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Transposed convolution (side 2), norm, ReLU, skip beside it, then residual blocks: back to the skip's voxels."""
+    """Transposed convolution (side 2), norm, ReLU, skip beside it, residual blocks: back to the skip's voxels."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class SparseEncoder(nn.Module):
 
         Args:
             x: the input.
-            modulate: called as `modulate(i, x)` on the input of stage i; what it returns goes into the stage, while
-                the skip connection keeps the tensor as it was.
+            modulate: called as `modulate(i, x)` on the input of stage i; what it returns goes into the stage,
+                while the skip connection keeps the tensor as it was.
         """
         x = self.stem(x)
         levels = [x]

@@ -19,7 +19,7 @@ class Voxels:
     """Which voxel each point lies in.
 
     Attributes:
-        coordinates: the occupied voxels, in ascending order of (batch, x, y, z) whatever the order of the points.
+        coordinates: the occupied voxels, ascending by (batch, x, y, z) whatever the order of the points.
         inverse: int64 [N], voxel of each point.
         counts: int64 [M], points of each voxel, at least 1.
         size: side of a voxel in the unit of the points.
@@ -87,7 +87,8 @@ def voxelize(
     """
     if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not points.is_floating_point():
         raise ValueError(
-            f"points is {points.dtype} {tuple(points.shape)}; it must be floating point [N, 3] with at least one row"
+            f"points is {points.dtype} {tuple(points.shape)}; it must be floating point [N, 3] with at least "
+            "one row"
         )
     if not 0 < size < float("inf"):
         raise ValueError(f"size is {size!r}; it must be above 0 and finite")
@@ -100,8 +101,8 @@ def voxelize(
         if bad:
             raise ValueError(f"points holds {bad} rows with NaN or infinity; drop them first")
         raise ValueError(
-            f"points reach from {low * size:g} to {high * size:g}; with voxels of {size:g} they must stay within "
-            f"±{(LIMIT - 1) * size:g}: take larger voxels or drop far points"
+            f"points reach from {low * size:g} to {high * size:g}; with voxels of {size:g} they must stay "
+            f"within ±{(LIMIT - 1) * size:g}: take larger voxels or drop far points"
         )
     cells = (scaled.round_() if rounding == "nearest" else scaled.floor_()).long()
     if batch is None:
