@@ -197,12 +197,23 @@ def _add_use(app: typer.Typer, domain: Domain) -> None:
 
 
 def _config_of(artifact: Path) -> dict[str, Any]:
-    """Configuration in an artefact, or in the only one inside the folder of a run."""
+    """Configuration that a student was made with: its own folder, or the folder of a run that holds it.
+
+    An artefact whose `config.json` is read by another library keeps the run's configuration in
+    `training.json`.
+    """
+    import json
+
     from ..artifact import Artifact
 
     inside = [path.parent for path in sorted(artifact.glob("*/artifact.json"))]
+    if len(inside) > 1:  # a run that saved its teacher as well
+        inside = [folder for folder in inside if folder.name == "student"]
     whole = len(inside) != 1 or (artifact / "artifact.json").exists()
-    return dict(Artifact.load(artifact if whole else inside[0]).config)
+    found = Artifact.load(artifact if whole else inside[0])
+    if not (found.folder / "training.json").is_file():
+        return dict(found.config)
+    return dict(json.loads(found.file("training.json").read_text(encoding="utf-8")))
 
 
 def _configs_app(domain: Domain) -> typer.Typer:
