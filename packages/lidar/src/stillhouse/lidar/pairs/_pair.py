@@ -139,7 +139,7 @@ def evaluation_pair(
         map_points: [M, 3], or a `TiledMap`, in the frame of the map.
         pose: [4, 4], sensor's frame into the map's.
         config: what is made; `augment` is ignored.
-        start: point with which the farthest-point sampling begins.
+        start: chooses the point with which the farthest-point sampling begins.
 
     Returns:
         Pair: partial float32 [n, 3], full float32 [m, 3] as `evaluation_truth` has it.

@@ -13,10 +13,11 @@ def farthest_points(points: np.ndarray, count: int, *, start: int = 0) -> np.nda
     Args:
         points: [N, 3], N ≥ 1.
         count: number of rows wanted, ≥ 1.
-        start: row that is taken first.
+        start: below N; chooses the point that is taken first. Which one it is follows from how the points
+            are sorted, and is not row `start`.
 
     Raises:
-        ValueError: no points, count < 1, a start that is no row.
+        ValueError: no points, count < 1, a start out of range.
 
     Example:
         >>> line = np.array([[0.0, 0, 0], [1, 0, 0], [9, 0, 0], [10, 0, 0]])
@@ -29,7 +30,7 @@ def farthest_points(points: np.ndarray, count: int, *, start: int = 0) -> np.nda
     if count < 1:
         raise ValueError(f"count: {count} must be at least 1")
     if not 0 <= start < len(points):
-        raise ValueError(f"start: {start} must be a row of {len(points)} points")
+        raise ValueError(f"start: {start} must be at least 0 and below {len(points)}, the number of points")
     whole, rest = divmod(count, len(points))
     rows = [np.tile(np.arange(len(points)), whole)] if whole else []
     if rest:
