@@ -1,4 +1,4 @@
-"""Metrics that say how sure they are: bootstrap intervals, calibration."""
+"""Metrics that say how sure they are: bootstrap intervals, calibration, distances of distributions."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ from .calibration import expected_calibration_error as expected_calibration_erro
 from .calibration import fit_temperature as fit_temperature
 from .calibration import negative_log_likelihood as negative_log_likelihood
 from .calibration import reliability_curve as reliability_curve
+from .distribution import ModeCoverage as ModeCoverage
+from .distribution import PrecisionRecall as PrecisionRecall
+from .distribution import frechet_distance as frechet_distance
+from .distribution import knn_precision_recall as knn_precision_recall
+from .distribution import mmd2 as mmd2
+from .distribution import mode_coverage as mode_coverage
+from .distribution import sliced_wasserstein as sliced_wasserstein
