@@ -177,7 +177,9 @@ class BiGatedDeltaNet(nn.Module):
         back_x, back_attend = x.flip(1), None if attend is None else attend.flip(1)
         first, last = self.ahead, self.ahead if self.behind is None else self.behind
         ahead, behind = first.project(x, attend), last.project(back_x, back_attend)
-        o = first.recur(Projected(*(torch.cat(pair) for pair in zip(ahead, behind, strict=True))))
+        # The gates are left out: the recurrence does not see them.
+        q, k, v, log_alpha, beta = (torch.cat(pair) for pair in zip(ahead[:-1], behind[:-1], strict=True))
+        o = first.recur(Projected(q, k, v, log_alpha, beta, gate=ahead.gate))
         o_ahead, o_behind = o.chunk(2)
         forward = first.finish(o_ahead, ahead.gate)
         backward = last.finish(o_behind, behind.gate).flip(1)

@@ -226,21 +226,20 @@ def _chunks(
     # The diagonal of `lower` is taken as 1 and what lies above it is not read.
     right = torch.cat([v * beta, written * before.exp()], -1)
     solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)  # U = u − w S_0ᵀ
-
-    end = past[..., -1:, :]
+    # Left V columns: U_0; right K columns: W; U = U_0 − W S_0ᵀ. Products below are made for both at once.
+    sizes = [v.shape[-1], k.shape[-1]]
     kept = (k * (summed[..., -1:, :] - summed).to(q.dtype).exp()).transpose(-1, -2)  # [N, Z, K, C]
+    wrote, erased = (kept @ solved).split(sizes, -1)  # what a chunk adds to the state it gets, and takes
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    carry = eye * end.exp() - kept @ w  # what a chunk does to the state it gets, [N, Z, K, K]
-    wrote = kept @ u  # what it adds, [N, Z, K, V]
+    carry = eye * past[..., -1:, :].exp() - erased  # [N, Z, K, K]
     current = state.reshape(batch * heads, v.shape[-1], k.shape[-1]).transpose(-1, -2)
     states = []
     for carry_c, wrote_c in zip(carry.unbind(0), wrote.unbind(0), strict=True):
         states.append(current)
         current = torch.baddbmm(wrote_c, carry_c, current)
 
-    read = (q @ k_t) * decay
-    o = read @ u + (q * past.exp() - read @ w) @ torch.stack(states)
+    inside, through = (((q @ k_t) * decay) @ solved).split(sizes, -1)
+    o = inside + (q * past.exp() - through) @ torch.stack(states)
     o = o.view(count, batch, heads, size, -1).permute(1, 0, 3, 2, 4).reshape(batch, count * size, heads, -1)
     return o[:, :length], current.transpose(-1, -2).reshape(batch, heads, v.shape[-1], k.shape[-1])
 
