@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,22 +26,36 @@ from stillhouse.lidar.distiller import (
     TeacherPreferenceDistiller,
 )
 from stillhouse.lidar.nearest import chamfer_distances
+from stillhouse.lidar.networks import NetworkConfig, NoiseNet, PartialEncoder, RefineNet, SinglePassNet
 from stillhouse.lidar.process import LocalProcess, VPProcess
 from stillhouse.lidar.samplers import sample
 
 
+@dataclass
+class TinyCondition:
+    """`[B, 6]`; zeros stand for none."""
+
+    value: Tensor
+
+    def drop(self, which: Tensor) -> TinyCondition:
+        return TinyCondition(torch.where(which[:, None], torch.zeros_like(self.value), self.value))
+
+    def null(self) -> TinyCondition:
+        return TinyCondition(torch.zeros_like(self.value))
+
+
 class TinyEncoder(nn.Module):
-    """Mean and spread of the partial points: `[B, 6]`."""
+    """Mean and spread of the partial points."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
 
-    def forward(self, partial: Tensor) -> Tensor:
-        return self.norm(self.linear(torch.cat([partial.mean(1), partial.std(1)], 1)))
+    def forward(self, partial: Tensor) -> TinyCondition:
+        return TinyCondition(self.norm(self.linear(torch.cat([partial.mean(1), partial.std(1)], 1))))
 
-    def null(self) -> Tensor:
-        return torch.zeros(1, 6)
+    def null(self, batch_size: int) -> TinyCondition:
+        return TinyCondition(torch.zeros(batch_size, 6))
 
 
 class TinyNoise(nn.Module):
@@ -51,10 +66,10 @@ class TinyNoise(nn.Module):
         self.first, self.norm = nn.Linear(3 + 6 + 2, width), nn.BatchNorm1d(width)
         self.last = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3))
 
-    def forward(self, x: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: TinyCondition, t: Tensor) -> Tensor:
         batch, count, _ = x.shape
         time = torch.stack([t / 1000, (t / 1000).square()], 1).to(x.dtype)
-        context = torch.cat([condition.expand(batch, 6), time], 1)[:, None].expand(batch, count, 8)
+        context = torch.cat([condition.value, time], 1)[:, None].expand(batch, count, 8)
         hidden = self.first(torch.cat([x, context], 2)).flatten(0, 1)
         return self.last(self.norm(hidden)).reshape(batch, count, 3)
 
@@ -66,10 +81,12 @@ class TinySinglePass(nn.Module):
         super().__init__()
         self.offsets, self.factor = nn.Linear(3, 3 * factor), factor
 
-    def forward(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, partial: Tensor, *, total: int, return_coarse: bool) -> tuple[Tensor, Tensor]:
+        assert return_coarse
+        assert total == partial.shape[1] * self.factor
         offsets = self.offsets(partial).reshape(*partial.shape[:2], self.factor, 3)
         coarse = (partial[:, :, None] + offsets).flatten(1, 2)
-        return coarse, coarse + 0.1 * offsets.flatten(1, 2)
+        return coarse + 0.1 * offsets.flatten(1, 2), coarse
 
 
 def pair(seed: int = 0, batch: int = 2) -> dict[str, Tensor]:
@@ -275,10 +292,17 @@ def test_a_condition_is_dropped_as_often_as_it_says_also_at_batch_size_one() -> 
     dropped = 0
 
     class Watching(TinyEncoder):
-        def null(self) -> Tensor:
-            nonlocal dropped
-            dropped += 1
-            return super().null()
+        def forward(self, partial: Tensor) -> TinyCondition:
+            condition = super().forward(partial)
+            drop = condition.drop
+
+            def counting(which: Tensor) -> TinyCondition:
+                nonlocal dropped
+                dropped += int(which.sum())
+                return drop(which)
+
+            condition.drop = counting  # type: ignore[method-assign]
+            return condition
 
     distiller = TeacherDistiller(teacher, Watching().eval(), drop_condition=0.3)
     torch.manual_seed(0)
@@ -311,7 +335,7 @@ class NoCondition(nn.Module):
     def forward(self, partial: Tensor) -> None:
         return None
 
-    def null(self) -> None:
+    def null(self, batch_size: int) -> None:
         return None
 
 
@@ -326,6 +350,34 @@ class Shift(nn.Module):
     def forward(self, x: Tensor, condition: Any, t: Tensor) -> Tensor:
         # x = σ·z at the start, and the sampler returns x − σ·ε̂
         return (x - (self.a + self.b * x / self.top)) / self.top
+
+
+@pytest.mark.parametrize("kind", ["teacher", "preference", "score", "single", "refine"])
+def test_the_package_s_own_networks_fit_the_distillers(kind: str) -> None:
+    torch.manual_seed(0)
+    widths = NetworkConfig(channels=(8, 8, 16, 8, 8), voxel=0.5, point_offsets=True, factor=2)
+    noise, encoder = NoiseNet(widths), PartialEncoder(widths)
+    distiller: Distiller
+    if kind == "teacher":
+        distiller = TeacherDistiller(noise, encoder, drop_condition=0.5)
+    elif kind == "preference":
+        distiller = TeacherPreferenceDistiller(noise, encoder, guidance=2.0)
+    elif kind == "score":
+        config = ScoreConfig(guidance=2.0, student_steps=2, pair_weight="sigmoid", data=0.1)
+        distiller = ScoreDistiller(copy.deepcopy(noise), noise, encoder, config)
+    elif kind == "single":
+        single = SinglePassConfig(terms=("denoise", "completion"), guidance=2.0)
+        distiller = SinglePassDistiller(SinglePassNet(widths), noise, encoder, single)
+    else:
+        distiller = RefineDistiller(RefineNet(widths))
+    before = state(*distiller.frozen().values())
+    for role, module in distiller.trainable().items():
+        loss = distiller.loss(role, pair(), step(role))
+        assert math.isfinite(float(loss.total.detach()))
+        assert_gradient(
+            loss.total, [p for n, p in module.named_parameters() if "head" in n and "weight" in n]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, state(*distiller.frozen().values()), strict=True))
 
 
 @pytest.mark.parametrize("method", ["vsd", "distillation_dpo"])

@@ -73,7 +73,8 @@ def sample(
         steps: steps of the sampler.
         sampler: see the head of the module.
         guidance: w of ε_u + w·(ε_c − ε_u); 1 takes the conditional answer alone, in one evaluation.
-        null: the condition that stands for none; needed where `guidance` is not 1.
+        null: the condition that stands for none; where `guidance` is not 1 and it is not given, the
+            condition's own `null()`.
         process: the β schedule; LiDiff's by default (for "lidpm" the same β, variance preserving).
         noise: standard normal `[B, N, 3]` to start from; drawn where it is None.
         generator: for whatever is drawn, on the device of `x_init` or on the CPU.
@@ -96,6 +97,8 @@ def sample(
         >>> bool(torch.allclose(result.points, torch.tensor(2.0))), result.evaluations
         (True, 1)
     """
+    if guidance != 1.0 and null is None and hasattr(condition, "null"):
+        null = condition.null()
     _check(x_init, sampler, guidance, null, eta, grad)
     if noise is None:
         device = x_init.device if generator is None else generator.device

@@ -43,8 +43,8 @@ def noised(
     return process.add_noise(points, eps, t), t, eps
 
 
-def null_condition(encoder: Any) -> Any:
-    """The encoder's condition that stands for none."""
+def null_condition(encoder: Any, batch_size: int) -> Any:
+    """The encoder's condition that stands for none, of `batch_size` scans."""
     if not hasattr(encoder, "null"):
         raise TypeError(f"{type(encoder).__name__} has no null(); guidance and condition dropping need it")
-    return encoder.null()
+    return encoder.null(batch_size)

@@ -97,7 +97,7 @@ class TeacherPreferenceDistiller:
         return Losses(value, terms)
 
     def _complete(self, condition: Any, start: Tensor) -> Tensor:
-        null = None if self.guidance == 1.0 else null_condition(self.encoder)
+        null = None if self.guidance == 1.0 else null_condition(self.encoder, len(start))
         return sample(
             self.reference,
             condition,

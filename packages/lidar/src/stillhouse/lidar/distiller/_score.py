@@ -265,7 +265,7 @@ class ScoreDistiller:
         x_t = self.process.add_noise(x, eps, t)
         teacher = self.teacher(x_t, condition, t)
         if self.config.guidance != 1.0:
-            without = self.teacher(x_t, null_condition(self.encoder), t)
+            without = self.teacher(x_t, null_condition(self.encoder, len(x)), t)
             teacher = without + self.config.guidance * (teacher - without)
         return teacher - self.critics[name](x_t, condition, t)
 

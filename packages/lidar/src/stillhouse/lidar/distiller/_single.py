@@ -43,7 +43,7 @@ class SinglePassConfig:
         steps: sampler steps of "completion".
         backward: weight of the target-to-points half of the Chamfer distance, see `nearest.chamfer_loss`.
         squared: squared distances in it.
-        coarse: weight of the Chamfer distance of earlier stages, where the student returns them.
+        coarse: weight of the Chamfer distance of what goes into the refinement.
     """
 
     terms: tuple[Term, ...] = ("denoise",)
@@ -72,8 +72,8 @@ class SinglePassDistiller:
     """Trains a single-pass network: one role, "student".
 
     Args:
-        student: `student(partial [B, n, 3])` → `[B, N, 3]`, or a tuple of clouds of which the last is the
-            completion and the others are earlier stages.
+        student: `student(partial [B, n, 3], total=N, return_coarse=True)` → (completion `[B, N, 3]`, what
+            went into its refinement `[B, N, 3]`).
         teacher: frozen noise net, or None for the baseline without a teacher.
         encoder: the teacher's frozen partial encoder.
         config: settings.
@@ -124,12 +124,11 @@ class SinglePassDistiller:
     def loss(self, role: str, batch: Mapping[str, Tensor], step: Step) -> Losses:
         """Chamfer distance to the ground truth, and what the teacher says."""
         config, partial, full = self.config, batch["partial"], batch["full"]
-        answer = self.student(partial)
-        *earlier, points = answer if isinstance(answer, tuple | list) else (answer,)
+        points, coarse = self.student(partial, total=full.shape[1], return_coarse=True)
         terms = {"chamfer": self._chamfer(points, full)}
         weights = {"chamfer": 1.0}
-        if earlier:
-            terms["coarse"] = torch.stack([self._chamfer(stage, full) for stage in earlier]).mean()
+        if config.coarse:
+            terms["coarse"] = self._chamfer(coarse, full)
             weights["coarse"] = config.coarse
         if self.teacher is not None and self.encoder is not None and config.weight:
             with torch.no_grad():
@@ -167,7 +166,7 @@ class SinglePassDistiller:
         predicted = self.teacher(x_t, condition, t)
         if self.config.guidance == 1.0:
             return predicted
-        without = self.teacher(x_t, null_condition(self.encoder), t)
+        without = self.teacher(x_t, null_condition(self.encoder, len(x_t)), t)
         return without + self.config.guidance * (predicted - without)
 
     @torch.no_grad()
@@ -181,5 +180,5 @@ class SinglePassDistiller:
             steps=self.config.steps,
             process=self.process,
             guidance=self.config.guidance,
-            null=None if self.config.guidance == 1.0 else null_condition(self.encoder),
+            null=None if self.config.guidance == 1.0 else null_condition(self.encoder, len(partial)),
         ).points

@@ -11,7 +11,7 @@ from stillhouse.core.train import Losses, Step
 
 from ..losses import noise_loss
 from ..process import LocalProcess
-from ._parts import clouds, noised, null_condition
+from ._parts import clouds, noised
 
 
 class TeacherDistiller:
@@ -19,11 +19,12 @@ class TeacherDistiller:
 
     Args:
         noise_net: `noise_net(x_t [B, N, 3], condition, t [B])` → ε `[B, N, 3]`.
-        encoder: `encoder(partial [B, n, 3])` → condition, with `null()` → the condition that stands for none.
+        encoder: `encoder(partial [B, n, 3])` → condition with `drop(which [B])`, which puts the condition
+            that stands for none in the place of some.
         process: the diffusion; LiDiff's local one by default.
         moment: weight of the regulariser of the noise's moments (reference: 5).
-        drop_condition: probability in [0, 1) with which a batch is trained without its condition (reference:
-            0.1, but never at batch size 1; here at any size).
+        drop_condition: probability in [0, 1) with which a pair is trained without its condition (reference:
+            0.1 for a whole batch, and never at batch size 1).
 
     Batches: {"partial": `[B, n, 3]`, "full": `[B, N, 3]`} in metres.
 
@@ -60,9 +61,9 @@ class TeacherDistiller:
     def loss(self, role: str, batch: Mapping[str, Tensor], step: Step) -> Losses:
         """Noise the true points, tell the noise."""
         partial, full, _ = clouds(batch)
-        encoder = self.networks["encoder"]
-        dropped = bool(torch.rand(()) < self.drop_condition)
-        condition = null_condition(encoder) if dropped else encoder(partial)
+        condition = self.networks["encoder"](partial)
+        if self.drop_condition:
+            condition = condition.drop(torch.rand(len(partial)) < self.drop_condition)
         x_t, t, eps = noised(self.process, full)
         parts = noise_loss(self.networks["noise"](x_t, condition, t), eps, moment=self.moment)
         return Losses(parts.total, {"noise": parts.noise, "moments": parts.moments})
