@@ -196,6 +196,43 @@ def test_truncated_anywhere(tmp_path: Path, cloud: np.ndarray, suffix: str) -> N
         one_line(lambda: read_scan(path), f"cut{suffix}")
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("a.ply", {"write_ascii": True}), ("a.pcd", {"write_ascii": True}), ("a.pcd", {"compressed": True}),
+])  # fmt: skip
+def test_other_encodings_truncated_anywhere(
+    tmp_path: Path, cloud: np.ndarray, name: str, options: dict[str, bool]
+) -> None:
+    """Text and compressed bodies: what is missing is not filled with zeros."""
+    open3d = import_open3d("a test")
+    made = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(cloud.astype(float)))
+    open3d.io.write_point_cloud(str(tmp_path / name), made, **options)
+    data = (tmp_path / name).read_bytes()
+    path = tmp_path / f"cut-{name}"
+    for end in [*range(150, len(data) - 40, 97), len(data) - 40]:
+        path.write_bytes(data[:end])
+        one_line(lambda: read_scan(path), path.name)
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".pcd"])
+def test_damaged_bytes_raise_nothing_else(tmp_path: Path, cloud: np.ndarray, suffix: str) -> None:
+    """Bytes changed at random: the file is read, or refused as data."""
+    data = write_cloud(tmp_path / f"a{suffix}", cloud).read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"b{suffix}"
+    messages = []
+    for _ in range(150):
+        broken = bytearray(data)
+        for place in rng.integers(0, 260, 3):
+            broken[place] = rng.integers(256)
+        path.write_bytes(bytes(broken))
+        try:
+            read_scan(path)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert not any("\n" in message for message in messages)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian"])
 def test_huge_declared_count(tmp_path: Path, encoding: str) -> None:
     fields = "".join(f"property float {axis}\n" for axis in "xyz")

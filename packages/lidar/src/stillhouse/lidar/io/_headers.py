@@ -59,6 +59,8 @@ def read_ply_header(path: Path) -> Header:
         width = sum(width for _, width in fields) if encoding != "ascii" else 2 * len(fields)
         least += count * width
     _check_size(path, vertices[0], least - (encoding == "ascii"), size - start)
+    if encoding == "ascii":
+        _check_lines(path, sum(count for _, count, _ in elements), start)
     return Header(vertices[0], tuple(name for name, _ in vertices[1]), encoding)
 
 
@@ -103,6 +105,10 @@ def read_pcd_header(path: Path) -> Header:
     else:
         raise DataError(f"{path}: has DATA {encoding!r}; known are ascii, binary and binary_compressed")
     _check_size(path, count, least, size - start)
+    if encoding == "ascii":
+        _check_lines(path, count, start)
+    if encoding == "binary_compressed":
+        _check_packed(path, count * row, start, size)
     return Header(count, tuple(fields), encoding)
 
 
@@ -144,4 +150,25 @@ def _check_size(path: Path, count: int, least: int, there: int) -> None:
         raise DataError(
             f"{path}: declares {count:,} points, which need {least:,} bytes, and has {there:,}; the file is "
             "cut off or its header is wrong"
+        )
+
+
+def _check_lines(path: Path, count: int, start: int) -> None:
+    """Count the lines of a text body: Open3D fills what is missing with zeros."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = sum(1 for line in file if line.strip())
+    if lines < count:
+        raise DataError(f"{path}: declares {count:,} lines and has {lines:,}; the file is cut off")
+
+
+def _check_packed(path: Path, wanted: int, start: int, size: int) -> None:
+    """Compare the two sizes before a compressed body with the file and with the header."""
+    with path.open("rb") as file:
+        file.seek(start)
+        packed, plain = (int.from_bytes(file.read(4), "little") for _ in range(2))
+    if packed > size - start - 8 or plain != wanted:
+        raise DataError(
+            f"{path}: has {size - start - 8:,} compressed bytes of {packed:,}, for {plain:,} bytes of points "
+            f"where {wanted:,} are declared; the file is cut off or damaged"
         )

@@ -91,7 +91,7 @@ def _with_open3d(path: Path, header: Header) -> tuple[np.ndarray, np.ndarray | N
             cloud = open3d.t.io.read_point_cloud(
                 str(path), remove_nan_points=False, remove_infinite_points=False
             )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a ValueError: bytes of a header that are no text
         raise DataError(f"{path}: cannot be read ({_first_line(error)}); the file is damaged") from error
     if "positions" not in cloud.point:
         raise DataError(f"{path}: is cut off or damaged; no points could be read")

@@ -18,7 +18,7 @@ def check_cloud(name: str, points: np.ndarray) -> np.ndarray:
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:
         raise ValueError(f"{name} must be [N, 3] with N at least 1, got {list(points.shape)}")
-    if points.dtype.kind != "f":
+    if points.dtype.kind != "f" or points.dtype.itemsize < 4:
         points = points.astype(np.float64)
     if not np.isfinite(points).all():
         raise ValueError(f"{name} holds NaN or Inf; remove those rows")
