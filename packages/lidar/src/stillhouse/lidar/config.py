@@ -60,6 +60,7 @@ class DataConfig:
         scans: simulator only: sweeps of a drive.
         rings: simulator only: lasers.
         azimuths: simulator only: rays of one laser in a turn.
+        map_rays: simulator only: rays from each place on the drive that make the exact map.
         simulate_seed: simulator only: which streets.
         workers: processes that load training pairs.
     """
@@ -82,12 +83,13 @@ class DataConfig:
     scans: int = 4
     rings: int = 32
     azimuths: int = 512
+    map_rays: int = 32_768
     simulate_seed: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:
         _check("data", self, points=16, factor=1, min_range=0, streets=1, test_streets=1, scans=1)
-        _check("data", self, rings=2, azimuths=8, simulate_seed=0, workers=0)
+        _check("data", self, rings=2, azimuths=8, map_rays=64, simulate_seed=0, workers=0)
         if not self.map_voxel > 0:
             raise ConfigError(f"data.map_voxel is {self.map_voxel!r}; it must be above 0 metres")
         if not self.min_range < self.max_range:
@@ -108,6 +110,8 @@ class ModelConfig:
         channels: widths of the noise net: stem, encoder stages, decoder stages (reference: 32, 32, 64, 128,
             256, 256, 128, 96, 96).
         voxel: side of the finest voxel, metres (reference: 0.05).
+        point_offsets: show the networks where in its voxel a point lies; for voxels as coarse as a CPU's
+            (the reference does not).
         refine_channels: widths of the refinement net; empty trains none.
         refine_factor: points that the refinement net makes of one (reference: 6).
         single_channels: widths of the single-pass network.
@@ -116,9 +120,10 @@ class ModelConfig:
 
     channels: tuple[int, ...] = (16, 16, 32, 64, 64, 32, 24)
     voxel: float = 0.25
+    point_offsets: bool = True
     refine_channels: tuple[int, ...] = ()
     refine_factor: int = 6
-    single_channels: tuple[int, ...] = (16, 16, 32, 64, 64, 32, 24)
+    single_channels: tuple[int, ...] = (16, 16, 24, 32, 32, 24, 16)
     batch_size: int = 2
 
     def __post_init__(self) -> None:
@@ -200,11 +205,16 @@ class DistillConfig:
         pair_weight: "none", or "sigmoid" of the pair's gap.
         pair_noise: "scaled_1.1" (reference: the loser starts from the same noise, a tenth larger) or
             "independent".
-        structure: weight of ScoreLiDAR's scene term, 0.5 in the reference; its point term is 0.02 of it.
+        times: lowest and highest index at which scores are compared; empty takes all (reference).
+        score_guidance: w of the teacher's guidance in the score difference (reference: 1, none).
+        scene: weight of ScoreLiDAR's scene term (reference: 0.5).
+        point: weight of its point term (reference: 0.01).
         data_weight: weight of the Chamfer distance to the ground truth, beside the score term; 0 for none.
         single_steps: optimizer steps of a single-pass network.
         single_lr: its learning rate.
-        single_weight: weight of the teacher's term in a single-pass student.
+        single_weight: weight of the teacher's terms in a single-pass student.
+        single_terms: what the teacher gives it: "denoise" (its denoiser pulls the points onto surfaces),
+            "completion" (its own completion is a second target), or both.
     """
 
     students: tuple[Student, ...] = ("distillation_dpo", "vsd", "single_pass", "single_pass_alone")
@@ -217,11 +227,15 @@ class DistillConfig:
     anchor: float = 0.0
     pair_weight: PairWeight = "none"
     pair_noise: PairNoise = "scaled_1.1"
-    structure: float = 0.5
+    times: tuple[int, ...] = ()
+    score_guidance: float = 1.0
+    scene: float = 0.5
+    point: float = 0.01
     data_weight: float = 0.0
     single_steps: int = 800
     single_lr: float = 2e-3
     single_weight: float = 0.5
+    single_terms: tuple[str, ...] = ("denoise",)
 
     def __post_init__(self) -> None:
         for student in self.students:
@@ -231,7 +245,14 @@ class DistillConfig:
         _choice("distill", "pair_weight", self.pair_weight, PairWeight)
         _choice("distill", "pair_noise", self.pair_noise, PairNoise)
         _check("distill", self, steps=1, critic_ratio=1, student_steps=1, loser_weight=0, anchor=0)
-        _check("distill", self, structure=0, data_weight=0, single_steps=1, single_weight=0)
+        _check("distill", self, scene=0, point=0, data_weight=0, single_steps=1, single_weight=0)
+        _check("distill", self, score_guidance=0)
+        if self.times and not (len(self.times) == 2 and 0 <= self.times[0] < self.times[1]):
+            raise ConfigError(f"distill.times is {self.times!r}; give two ascending indices, or none")
+        if not self.single_terms or not set(self.single_terms) <= {"denoise", "completion"}:
+            raise ConfigError(
+                f"distill.single_terms is {self.single_terms!r}; name 'denoise', 'completion' or both"
+            )
         for name in ("lr", "critic_lr", "single_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"distill.{name} is {getattr(self, name)!r}; it must be above 0")
