@@ -152,10 +152,10 @@ def test_what_is_no_student_is_one_line(
 
 
 BAD_FASTA = {
-    "protein": (b">p\nMKLVEEPFQHINS\n", "protein.fa"),
+    "protein": (b">a\nMKLVEEPFQHINS\n", "protein.fa"),
     "duplicate": (b">a\nACGT\n>a\nACGT\n", "'a'"),
     "empty record": (b">a\nACGT\n>b\n>c\nACGT\n", "'b'"),
-    "no header": (b"ACGT\n", "line 1"),
+    "no header": (b"ACGT\n", "begin"),
     "empty file": (b"", "fa"),
     "truncated gz": (gzip.compress(b">a\n" + b"ACGT" * 20000 + b"\n")[:-30], "fa"),
     "binary": (bytes(range(256)), "fa"),

@@ -7,5 +7,4 @@ from ._config import preset_config as preset_config
 from ._fit import FinetuneResult as FinetuneResult
 from ._fit import SeedResult as SeedResult
 from ._fit import finetune as finetune
-from ._fit import rows_of as rows_of
 from ._verb import finetune_student as finetune_student

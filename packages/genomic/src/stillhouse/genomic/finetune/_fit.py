@@ -247,7 +247,7 @@ def _train(
     loader = SeededLoader(
         _Windows(data, fit, augment=config.augment), batch_size=batch, seed=seed, collate=collate
     )
-    validation = rows_of(data, held)
+    validation = data.subset(held)
     scorer = config.scorer()
     history: list[float] = []
     best: dict[str, Tensor] = {}
@@ -299,20 +299,6 @@ def _hold_out(
     order = np.random.default_rng(seed).permutation(rows)
     count = max(1, round(share * len(rows)))
     return np.sort(order[count:]), np.sort(order[:count])
-
-
-def rows_of(data: Sequences, rows: npt.NDArray[np.int64]) -> Sequences:
-    """Some of the sequences."""
-    from dataclasses import replace
-
-    return replace(
-        data,
-        sequences=data.sequences[rows],
-        lengths=data.lengths[rows],
-        labels=data.labels[rows],
-        groups=tuple(data.groups[row] for row in rows) if len(data.groups) else data.groups,
-        split=None if data.split is None else tuple(data.split[row] for row in rows),
-    )
 
 
 def _groups(data: Sequences) -> npt.NDArray[Any] | None:

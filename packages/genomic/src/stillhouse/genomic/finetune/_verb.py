@@ -16,7 +16,7 @@ from stillhouse.core.run import Run, jsonable
 
 from .._atomic import replacing
 from ._config import FinetuneConfig
-from ._fit import FinetuneResult, check_parts, finetune, rows_of
+from ._fit import FinetuneResult, check_parts, finetune
 
 if TYPE_CHECKING:
     from ..data import Sequences
@@ -87,8 +87,7 @@ def read_parts(task: Path, test: Path | None = None) -> tuple[Sequences, Sequenc
     marks = np.asarray(whole.split if whole.split is not None else ())
     if "test" not in marks:
         raise DataError(f"{task}: has no column `split` with rows `test`; give the test part with --test")
-    rows = np.arange(len(whole.labels))
-    return rows_of(whole, rows[marks != "test"]), rows_of(whole, rows[marks == "test"])
+    return whole.subset(marks != "test"), whole.subset(marks == "test")
 
 
 def _fresh(loaded: Any) -> Any:
