@@ -1,12 +1,14 @@
 """The optional fast path: submanifold convolutions through the kernels of `spconv` or `spconv-triton`.
 
-On CUDA they train and infer; on CPU `spconv` offers inference alone. The result equals that of the "torch"
-backend up to rounding.
+On CUDA they train and infer; on CPU `spconv` offers inference alone, in one thread, and is slower than
+"torch". The result equals that of the "torch" backend up to rounding.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -72,6 +74,19 @@ def _layer(in_channels: int, out_channels: int, kernel: int, device: str) -> Any
     return layer.requires_grad_(False)
 
 
+@contextmanager
+def _one_thread(needed: bool) -> Iterator[None]:
+    """On CPU, spconv 2.3.8 sums into the same row from several threads at once and gives wrong values."""
+    threads = torch.get_num_threads()
+    if needed:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if needed:
+            torch.set_num_threads(threads)
+
+
 def spconv_submanifold(x: SparseTensor, weight: Tensor, kernel: int) -> Tensor:
     """`sparse_conv` over the submanifold map, by the library.
 
@@ -110,7 +125,8 @@ def spconv_submanifold(x: SparseTensor, weight: Tensor, kernel: int) -> Tensor:
     layer = _layer(weight.shape[1], weight.shape[2], kernel, device)
     # ours [k³, C, D] → [D, k, k, k, C]
     theirs = weight.permute(2, 0, 1).reshape(weight.shape[2], kernel, kernel, kernel, weight.shape[1])
-    result = torch.func.functional_call(layer, {"weight": theirs.contiguous()}, (tensor,))
+    with _one_thread(device == "cpu"):
+        result = torch.func.functional_call(layer, {"weight": theirs.contiguous()}, (tensor,))
     pairs.update(result.indice_dict)
     y: Tensor = result.features
     return y

@@ -131,7 +131,7 @@ class CoordinateSet:
         return self._sets[stride]
 
     def centres(self) -> Tensor:
-        """Centres of the voxels in cells of the finest set, float64 [M, 3]: a cell c spans c·s … (c + 1)·s − 1."""
+        """Centres in cells of the finest set, float64 [M, 3]; cell c at stride s spans c·s … c·s + s − 1."""
         return (self.coords[:, 1:].double() + 0.5) * self.stride - 0.5
 
 

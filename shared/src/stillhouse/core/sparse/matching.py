@@ -19,8 +19,9 @@ _PAIRS = 2**23  # distances at a time where there is no tree
 def nearest_voxels(queries: CoordinateSet, keys: CoordinateSet) -> Tensor:
     """For every voxel of one set the voxel of another whose centre is nearest, within the same sample.
 
-    Both sets must descend from voxels of the same size; strides may differ. A tie goes to the same place every
-    time, whatever else the sets hold. On CPU a k-d tree for each sample, elsewhere all distances, in blocks.
+    Both sets must descend from voxels of the same size; strides may differ. A tie goes to the same place
+    every time, whatever else the sets hold. On CPU a k-d tree for each sample, elsewhere all distances, in
+    blocks.
 
     Args:
         queries: M voxels.

@@ -41,8 +41,8 @@ class _Convolution(nn.Module):
 class SubmanifoldConv3d(_Convolution):
     """Convolution whose outputs are its inputs: no voxel appears, none goes.
 
-    Equals `conv3d` (cross-correlation, padded by half a kernel) of the dense volume with 0 at empty cells, read
-    at the occupied ones. `dense_weight()` gives the weight of that `conv3d`.
+    Equals `conv3d` (cross-correlation, padded by half a kernel) of the dense volume with 0 at empty cells,
+    read at the occupied ones. `dense_weight()` gives the weight of that `conv3d`.
 
     Args:
         in_channels: C.

@@ -24,8 +24,8 @@ class SparseTensor:
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or len(self.features) != len(self.coords):
             raise ValueError(
-                f"features is {tuple(self.features.shape)}; it must be [{len(self.coords)}, C], a row for each "
-                "voxel"
+                f"features is {tuple(self.features.shape)}; it must be [{len(self.coords)}, C], a row for "
+                "each voxel"
             )
 
     def replace(self, features: Tensor) -> SparseTensor:

@@ -67,7 +67,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Transposed convolution (side 2), norm, ReLU, skip beside it, residual blocks: back to the skip's voxels."""
+    """Transposed convolution (side 2), norm, ReLU, skip beside it, residual blocks: to the skip's voxels."""
 
     def __init__(
         self,
