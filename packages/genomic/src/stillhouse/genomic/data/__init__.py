@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from .access import Fasta as Fasta
+from .benchmarks import NT_ORIGINAL as NT_ORIGINAL
+from .benchmarks import NT_REVISED as NT_REVISED
+from .benchmarks import NtTask as NtTask
+from .benchmarks import read_genomic_benchmark as read_genomic_benchmark
+from .benchmarks import read_nt_benchmark as read_nt_benchmark
 from .fasta import read_fasta as read_fasta
 from .fasta import write_fasta as write_fasta
 from .genbank import read_genbank as read_genbank
@@ -19,6 +24,7 @@ from .gff import write_gff3 as write_gff3
 from .intervals import Interval as Interval
 from .intervals import read_bed as read_bed
 from .intervals import write_bed as write_bed
+from .labelled import read_labelled as read_labelled
 from .motif import PositionWeightMatrix as PositionWeightMatrix
 from .motif import WeightArrayModel as WeightArrayModel
 from .sequence import Record as Record
@@ -30,6 +36,8 @@ from .sequences import overlap_groups as overlap_groups
 from .sequences import pack as pack
 from .shuffle import shuffle_columns as shuffle_columns
 from .shuffle import shuffle_dinucleotides as shuffle_dinucleotides
+from .simulate import SimulateConfig as SimulateConfig
+from .simulate import simulate_genome as simulate_genome
 from .tasks import promoters as promoters
 from .tasks import regions as regions
 from .tasks import species as species

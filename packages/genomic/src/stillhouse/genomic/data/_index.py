@@ -68,7 +68,9 @@ def build_index(path: Path, file: BinaryIO) -> dict[str, IndexEntry]:
                 at = lines.number + head
                 name, _ = parse_header(path, lines.header(head), at)
                 if name in entries:
-                    raise DataError(f"{path}, line {at}: the name {name!r} comes twice; rename one of the records")
+                    raise DataError(
+                        f"{path}, line {at}: the name {name!r} comes twice; rename one of the records"
+                    )
                 record = _Layout(name, at, lines.offset(head) + int(lines.bytes[head]))
             stop = heads[number] if number < len(heads) else len(lines.bytes)
             if stop > head + 1:
@@ -124,7 +126,11 @@ def write_index(path: Path, entries: dict[str, IndexEntry]) -> None:
 
 
 def check_index(
-    path: Path, index: Path, entries: dict[str, IndexEntry], size: int | None, read: Callable[[int, int], bytes]
+    path: Path,
+    index: Path,
+    entries: dict[str, IndexEntry],
+    size: int | None,
+    read: Callable[[int, int], bytes],
 ) -> None:
     """Hold an index against its file: every record must be announced by its header right where it says.
 

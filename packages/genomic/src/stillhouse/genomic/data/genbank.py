@@ -44,7 +44,9 @@ def read_genbank(path: str | Path) -> list[tuple[Record, list[Feature]]]:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="replace")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Biopython warns of odd LOCUS lines, which are read all the same
+                warnings.simplefilter(
+                    "ignore"
+                )  # Biopython warns of odd LOCUS lines, which are read all the same
                 parsed = list(SeqIO.parse(text, "genbank"))
         except (ValueError, AssertionError, IndexError, KeyError, StopIteration) as error:
             raise DataError(f"{path}: is no readable GenBank file ({error})") from None
@@ -62,7 +64,9 @@ def read_genbank(path: str | Path) -> list[tuple[Record, list[Feature]]]:
         try:
             letters = normalise(bytes(entry.seq))
         except UndefinedSequenceError:
-            raise DataError(f"{path}: record {name!r} has no sequence (no ORIGIN); get the full record") from None
+            raise DataError(
+                f"{path}: record {name!r} has no sequence (no ORIGIN); get the full record"
+            ) from None
         except ValueError as error:
             raise DataError(f"{path}, record {name!r}: {error}") from None
         if not len(letters):

@@ -44,7 +44,9 @@ class Genome:
             raise ValueError("records is empty; a genome has at least one sequence")
         for name, letters in self.records.items():
             if letters.dtype != np.uint8 or letters.ndim != 1 or not len(letters):
-                raise ValueError(f"records[{name!r}] is {letters.dtype} {letters.shape}; it must be uint8 [L], L ≥ 1")
+                raise ValueError(
+                    f"records[{name!r}] is {letters.dtype} {letters.shape}; it must be uint8 [L], L ≥ 1"
+                )
         for feature in self.features:
             if feature.record not in self.records or feature.end > len(self.records[feature.record]):
                 raise ValueError(f"features: {feature.type} {feature.interval} does not lie on a record")
@@ -112,7 +114,9 @@ def _fitted(
         if feature.record == "." and len(records) == 1:
             feature = replace(feature, record=next(iter(records)))
         if feature.record not in records:
-            raise DataError(f"{annotation}: {feature.type} on {unknown_record(feature.record, records)} ({fasta})")
+            raise DataError(
+                f"{annotation}: {feature.type} on {unknown_record(feature.record, records)} ({fasta})"
+            )
         if feature.attributes.get("Is_circular", ("",))[0].lower() == "true":
             circular.add(feature.record)
         if feature.end <= len(records[feature.record]):
@@ -151,7 +155,9 @@ def transcripts(genome: Genome, *, pseudogenes: bool = False) -> dict[str, list[
         elif feature.type == "CDS":
             for parent in (feature.id,) if feature.source == "GenBank" else feature.parents:
                 coding[parent].append(feature)
-    proteins = {f.id for f in genome.features if f.type in ("protein", "polypeptide")}  # the same CDS once more
+    proteins = {
+        f.id for f in genome.features if f.type in ("protein", "polypeptide")
+    }  # the same CDS once more
     for parent, lines in coding.items():
         if parent not in exons and parent not in proteins:
             exons[parent] = lines

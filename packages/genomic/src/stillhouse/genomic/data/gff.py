@@ -162,7 +162,11 @@ def _attributes(text: str, where: str) -> dict[str, tuple[str, ...]]:
             continue
         name, equals, values = pair.partition("=")
         if not equals:
-            kind = "this is GTF; convert it (gffread in.gtf -o out.gff3)" if '"' in pair else "name=value is meant"
+            kind = (
+                "this is GTF; convert it (gffread in.gtf -o out.gff3)"
+                if '"' in pair
+                else "name=value is meant"
+            )
             raise DataError(f"{where}: the attribute {pair.strip()[:40]!r} has no '='; {kind}")
         found = tuple(unquote(value.strip()) for value in values.split(",") if value.strip())
         attributes[unquote(name.strip())] = found

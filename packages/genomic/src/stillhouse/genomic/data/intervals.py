@@ -117,7 +117,9 @@ def read_bed(path: str | Path, lengths: Mapping[str, int] | None = None) -> list
         fields = text.split("\t") if "\t" in text else text.split()
         where = f"{path}, line {line}"
         if len(fields) < 3:
-            raise DataError(f"{where}: {len(fields)} columns; BED has at least chrom, start and end, tab-separated")
+            raise DataError(
+                f"{where}: {len(fields)} columns; BED has at least chrom, start and end, tab-separated"
+            )
         record = fields[0].strip()
         try:
             start, end = int(fields[1]), int(fields[2])

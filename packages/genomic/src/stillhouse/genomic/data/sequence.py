@@ -33,7 +33,9 @@ def _table(pairs: dict[str, str]) -> bytes:
 LETTER_TABLE = _table({**{x: x for x in "ACGTN"}, "U": "T", **dict.fromkeys(AMBIGUITY, "N")})
 """256 bytes: what each byte is read as; 0 for what is no nucleotide."""
 
-_COMPLEMENT = _table({"A": "T", "C": "G", "G": "C", "T": "A", "U": "A", "N": "N", **dict.fromkeys(AMBIGUITY, "N")})
+_COMPLEMENT = _table(
+    {"A": "T", "C": "G", "G": "C", "T": "A", "U": "A", "N": "N", **dict.fromkeys(AMBIGUITY, "N")}
+)
 _COMPLEMENT_ARRAY = np.frombuffer(_COMPLEMENT, np.uint8)
 
 
@@ -75,7 +77,9 @@ def normalise(letters: bytes | bytearray | str) -> Bytes:
     clean = bytearray(raw).translate(LETTER_TABLE, WHITE)
     at = clean.find(0)
     if at >= 0:
-        raise ValueError(f"letters: {no_nucleotide(bytes(raw).translate(None, WHITE)[at])} at {at}; {ALLOWED}")
+        raise ValueError(
+            f"letters: {no_nucleotide(bytes(raw).translate(None, WHITE)[at])} at {at}; {ALLOWED}"
+        )
     return np.frombuffer(clean, np.uint8)
 
 

@@ -57,9 +57,9 @@ class Sequences:
         for name in ("groups", "split"):
             if getattr(self, name) is not None and len(getattr(self, name)) != count:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {count} sequences")
-        if count and not (1 <= self.lengths.min() and self.lengths.max() <= width):
+        if count and not (self.lengths.min() >= 1 and self.lengths.max() <= width):
             raise ValueError(f"lengths run from {self.lengths.min()} to {self.lengths.max()}; 1 … {width}")
-        if count and not (0 <= self.labels.min() and self.labels.max() < len(self.classes)):
+        if count and not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
             raise ValueError(
                 f"labels run from {self.labels.min()} to {self.labels.max()}; there are {len(self.classes)} classes"
             )

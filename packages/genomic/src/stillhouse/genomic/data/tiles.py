@@ -205,7 +205,7 @@ def _assign(
         goal, have = wanted[part] * total, 0
         reserve = len(asked) - number  # pieces that must be left for the parts to come and for train
         while len(free) > reserve:
-            fitting = min(free, key=lambda i: abs(have + len(pieces[i]) - goal))  # noqa: B023
+            fitting = min(free, key=lambda i: abs(have + len(pieces[i]) - goal))
             if part in chosen.values() and abs(have + len(pieces[fitting]) - goal) >= abs(have - goal):
                 break
             chosen[fitting] = part

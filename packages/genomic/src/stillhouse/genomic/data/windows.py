@@ -180,7 +180,9 @@ class _Source:
     def check(self, place: Interval) -> None:
         if place.record not in self._lengths:
             names = list(self._lengths)[:6]
-            raise ValueError(f"tiles: {place} lies on no record; there are {names} … (genome/record for several)")
+            raise ValueError(
+                f"tiles: {place} lies on no record; there are {names} … (genome/record for several)"
+            )
         if place.end > self._lengths[place.record]:
             raise ValueError(f"tiles: {place} ends past its record, {self._lengths[place.record]} bp")
 
