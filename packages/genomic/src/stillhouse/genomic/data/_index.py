@@ -71,11 +71,11 @@ def build_index(path: Path, file: BinaryIO) -> dict[str, IndexEntry]:
                     raise DataError(
                         f"{path}, line {at}: the name {name!r} comes twice; rename one of the records"
                     )
-                record = _Layout(name, at, lines.offset(head) + int(lines.bytes[head]))
-            stop = heads[number] if number < len(heads) else len(lines.bytes)
+                record = _Layout(name, at, lines.offset(head) + int(lines.sizes[head]))
+            stop = heads[number] if number < len(heads) else len(lines.sizes)
             if stop > head + 1:
                 if record is None:
-                    if (lines.bytes[head + 1 : stop] - lines.ends[head + 1 : stop]).any():
+                    if (lines.sizes[head + 1 : stop] - lines.ends[head + 1 : stop]).any():
                         raise DataError(
                             f"{path}: does not begin with '>'; a FASTA record begins with a line '>name'"
                         )
@@ -164,7 +164,7 @@ class _Lines:
 
     number: int  # of the first line, from one
     start: int  # file offset of the first line
-    bytes: NDArray[np.int64]  # [lines], with the line end
+    sizes: NDArray[np.int64]  # bytes, [lines], with the line end
     ends: NDArray[np.int64]  # [lines], bytes of the line end: 0 (end of file), 1 or 2
     first: NDArray[np.uint8]  # [lines], first byte
     last: NDArray[np.uint8]  # [lines], last byte before the line end
@@ -173,11 +173,11 @@ class _Lines:
     head: bytes  # of a header that began before the block
 
     def offset(self, line: int) -> int:
-        return self.start + int(self.bytes[:line].sum())
+        return self.start + int(self.sizes[:line].sum())
 
     def header(self, line: int) -> bytes:
         start = self.offset(line) - self.base
-        text = self.block[max(start, 0) : start + int(self.bytes[line])]
+        text = self.block[max(start, 0) : start + int(self.sizes[line])]
         return ((self.head if start < 0 else b"") + text).rstrip(b"\r\n")[1:]
 
 
@@ -191,13 +191,13 @@ class _Layout:
 
     def add(self, path: Path, lines: _Lines, begin: int, stop: int) -> None:
         ends = lines.ends[begin:stop]
-        bases = lines.bytes[begin:stop] - ends
+        bases = lines.sizes[begin:stop] - ends
         white = np.isin(lines.last[begin:stop], _BLANKS) | np.isin(lines.first[begin:stop], _BLANKS)
         if (white & (bases > 0)).any():
             at = lines.number + begin + int(np.flatnonzero(white & (bases > 0))[0])
             raise DataError(
-                f"{path}, line {at}: white space at the beginning or the end of a sequence line, so that no index "
-                "can point into it; remove it, or read the file as a stream"
+                f"{path}, line {at}: white space at the beginning or the end of a sequence line, so that no "
+                "index can point into it; remove it, or read the file as a stream"
             )
         if self.length == 0 and not self.short and bases[0]:
             self.bases, self.width = int(bases[0]), int(bases[0]) + max(1, int(ends[0]))
@@ -208,8 +208,9 @@ class _Layout:
             rest = bases[first if lines.number + begin + first != self.short else first + 1 :]
             if rest.any() or bases[first] > self.bases:
                 raise DataError(
-                    f"{path}, line {self.short}: record {self.name!r} has lines of unequal length, so that no index "
-                    "can point into it; rewrite it with equal lines (seqtk seq -l 60), or read it as a stream"
+                    f"{path}, line {self.short}: record {self.name!r} has lines of unequal length, so that "
+                    "no index can point into it; rewrite it with equal lines (seqtk seq -l 60), or "
+                    "read it as a stream"
                 )
         self.length += int(bases.sum())
 

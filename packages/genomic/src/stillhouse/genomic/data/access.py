@@ -142,8 +142,8 @@ class Fasta:
         at = clean.find(0)
         if at < 0:
             return (
-                f"{self.path}: record {entry.name!r} holds {len(clean)} letters where the index says {wanted}; "
-                "the file was changed since it was opened or indexed: delete the .fai, it is rebuilt"
+                f"{self.path}: record {entry.name!r} holds {len(clean)} letters where the index says "
+                f"{wanted}; the file was changed since it was indexed: delete the .fai, it is rebuilt"
             )
         letter = raw.translate(None, _LINE_ENDS)[at]
         return f"{self.path}, record {entry.name!r}, base {start + at}: {no_nucleotide(letter)}; {ALLOWED}"

@@ -30,8 +30,8 @@ def read_genomic_benchmark(
 
     Args:
         folder: of the data set.
-        reference: the genome (or transcriptome) whose coordinates they are, e.g. Ensembl release 97 of GRCh38.
-            A region `chr1` finds a record `1`, and the other way round.
+        reference: the genome (or transcriptome) whose coordinates they are, e.g. Ensembl release 97 of
+            GRCh38. A region `chr1` finds a record `1`, and the other way round.
         split: part to read; None reads both.
 
     Returns:
@@ -155,8 +155,8 @@ NT_ORIGINAL = _tasks(
 """The 18 tasks of `nucleotide_transformer_downstream_tasks`.
 
 Names: the folders of that data set. Lengths, classes and sizes: HazyResearch/hyena-dna
-configs/dataset/nucleotide_transformer.yaml, but splice_sites_all, which it lacks: kuleshov-group/caduceus, the
-file of the same name.
+configs/dataset/nucleotide_transformer.yaml, but splice_sites_all, which it lacks: kuleshov-group/caduceus,
+the file of the same name.
 """
 
 NT_REVISED = _tasks(

@@ -61,7 +61,8 @@ def read_fasta(path: str | Path) -> Iterator[Record]:
         name, description = parse_header(path, content, line)
         if name in seen:
             raise DataError(
-                f"{path}, line {line}: the name {name!r} was used in line {seen[name]}; rename one of the records"
+                f"{path}, line {line}: the name {name!r} was used in line {seen[name]}; "
+                "rename one of the records"
             )
         seen[name], begun, letters = line, line, bytearray()
     if name is None:
@@ -116,7 +117,7 @@ def parse_header(path: Path, content: bytes, line: int) -> tuple[str, str]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """The file as ("header", text without `>`, line) and ("letters", some of its bytes, line of the first)."""
+    """The file as ("header", text without `>`, line) and ("letters", some bytes, line of the first)."""
     with open_binary(path) as file:
         header: bytes | None = None  # a header line whose end was not read yet
         fresh = True  # the next byte begins a line
@@ -167,8 +168,8 @@ def _no_header(path: Path, content: bytes, line: int) -> str:
     if any(byte < 32 or byte > 126 for byte in start.translate(None, WHITE)):
         return f"{path}, line {line}: holds bytes that are no text; this is no FASTA file"
     return (
-        f"{path}, line {line}: the file begins with {start.split()[0].decode()!r}, not with '>'; a FASTA record "
-        "begins with a line '>name'"
+        f"{path}, line {line}: the file begins with {start.split()[0].decode()!r}, not with '>'; a FASTA "
+        "record begins with a line '>name'"
     )
 
 

@@ -28,7 +28,8 @@ def read_genbank(path: str | Path) -> list[tuple[Record, list[Feature]]]:
     in the order of the strand, all with one ID, as a discontinuous feature of GFF3; the parent of anything
     but a gene is the gene with the same locus_tag or gene name. Joins over the origin of a circular record,
     and joins out of order or over both strands, carry the attribute `exception` (`crosses_origin`,
-    `trans_splicing`), and are not taken for spliced genes. Parts on other records are left out. Fuzzy ends (`<1`) are taken at their number.
+    `trans_splicing`), and are not taken for spliced genes. Parts on other records are left out. Fuzzy ends
+    (`<1`) are taken at their number.
 
     Args:
         path: plain, gzip or bgzf.

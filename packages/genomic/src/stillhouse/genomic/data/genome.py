@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,8 @@ def read_genome(fasta: str | Path, annotation: str | Path | None = None, name: s
     """Read sequences and annotation.
 
     Args:
-        fasta: FASTA (plain, gzip, bgzf), or GenBank (by its suffix: .gb .gbk .gbff .genbank), which brings its
-            own annotation.
+        fasta: FASTA (plain, gzip, bgzf), or GenBank (by its suffix: .gb .gbk .gbff .genbank), which brings
+            its own annotation.
         annotation: GFF3 for a FASTA file. Features on the record `.` are taken for the only record of a
             genome of one record.
         name: name of the genome; the file name without suffixes when None.
@@ -188,7 +189,7 @@ def introns(genome: Genome, *, pseudogenes: bool = False) -> list[Interval]:
     """
     found: dict[tuple[str, int, int, str], str] = {}
     for name, exons in transcripts(genome, pseudogenes=pseudogenes).items():
-        for left, right in zip(exons, exons[1:], strict=False):
+        for left, right in pairwise(exons):
             if right.start > left.end:
                 found.setdefault((left.record, left.end, right.start, left.strand), name)
     return sorted(Interval(*place, name=name) for place, name in found.items())

@@ -72,7 +72,7 @@ def read_gff3(path: str | Path) -> Iterator[Feature]:
     """Features of a GFF3 file, in its order.
 
     Accepted by rule: comments, directives and blank lines are skipped; reading stops at `##FASTA`; CRLF; gzip
-    and bgzf; percent escapes are decoded; a strand of `?` is `.`; several parents. A trailing `;` is no error.
+    and bgzf; percent escapes are decoded; a strand of `?` is `.`; several parents; a trailing `;`.
 
     Args:
         path: the file.
@@ -148,8 +148,8 @@ def _feature(text: str, where: str) -> Feature:
         )
     except ValueError as error:
         raise DataError(
-            f"{where}: start {start!r}, end {end!r}, score {score!r}, strand {strand!r}, phase {phase!r}: {error}; "
-            "GFF3 counts from 1 and includes the end"
+            f"{where}: start {start!r}, end {end!r}, score {score!r}, strand {strand!r}, phase {phase!r}: "
+            f"{error}; GFF3 counts from 1 and includes the end"
         ) from None
 
 

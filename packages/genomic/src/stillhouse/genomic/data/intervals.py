@@ -88,9 +88,9 @@ class Interval:
 def read_bed(path: str | Path, lengths: Mapping[str, int] | None = None) -> list[Interval]:
     """Rows of a BED file.
 
-    Accepted by rule: three or more columns, separated by tabs (or spaces where a line holds no tab); comments,
-    `track` and `browser` lines and blank lines are skipped; CRLF; gzip and bgzf; a missing strand, or `.`, is
-    `+`. The fourth column becomes the name, the sixth the strand.
+    Accepted by rule: three or more columns, separated by tabs (or spaces where a line holds no tab);
+    comments, `track` and `browser` lines and blank lines are skipped; CRLF; gzip and bgzf; a missing
+    strand, or `.`, is `+`. The fourth column becomes the name, the sixth the strand.
 
     Args:
         path: the file.
@@ -125,7 +125,8 @@ def read_bed(path: str | Path, lengths: Mapping[str, int] | None = None) -> list
             start, end = int(fields[1]), int(fields[2])
         except ValueError:
             raise DataError(
-                f"{where}: start {fields[1]!r} and end {fields[2]!r} must be whole numbers; is this a BED file?"
+                f"{where}: start {fields[1]!r} and end {fields[2]!r} must be whole numbers; is this "
+                "a BED file?"
             ) from None
         strand = fields[5].strip() if len(fields) > 5 else "+"
         name = fields[3].strip() if len(fields) > 3 else ""

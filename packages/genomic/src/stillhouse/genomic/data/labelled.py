@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,9 @@ def read_labelled(
     CSV and TSV have a header line (the separator is told by it); Parquet is told by its first bytes; FASTA by
     its first `>`, with the label after the last `|` of the header line, or as `label=…` in it.
 
-    Accepted by rule: gzip, CRLF, lower case, U, IUPAC letters; 6-mer text with spaces (`ACGTAC CGTACG`, a step
-    of one, as DNABERT has it) is put together again. Without a group column, each sequence is a group of its
-    own, and equal sequences are one group.
+    Accepted by rule: gzip, CRLF, lower case, U, IUPAC letters; 6-mer text with spaces (`ACGTAC CGTACG`, a
+    step of one, as DNABERT has it) is put together again. Without a group column, each sequence is a group of
+    its own, and equal sequences are one group.
 
     Args:
         path: the file.
@@ -206,9 +207,7 @@ def _joined(text: str, where: str) -> str:
     words = text.split()
     if len(words) < 2:
         return text.strip()
-    if len({len(word) for word in words}) > 1 or any(
-        a[1:] != b[:-1] for a, b in zip(words, words[1:], strict=False)
-    ):
+    if len({len(word) for word in words}) > 1 or any(a[1:] != b[:-1] for a, b in pairwise(words)):
         raise DataError(f"{where}: the sequence holds spaces and is no k-mer text with a step of one")
     return words[0] + "".join(word[-1] for word in words[1:])
 

@@ -31,7 +31,7 @@ class PositionWeightMatrix:
         >>> sites = np.frombuffer(b"AGAGAGAC", np.uint8).reshape(4, 2)
         >>> decoys = np.frombuffer(b"TGTGTCTC", np.uint8).reshape(4, 2)
         >>> model = PositionWeightMatrix(sites, decoys)
-        >>> model.score(sites).min() > model.score(decoys).max()
+        >>> bool(model.score(sites).min() > model.score(decoys).max())
         True
     """
 

@@ -61,7 +61,8 @@ class Sequences:
             raise ValueError(f"lengths run from {self.lengths.min()} to {self.lengths.max()}; 1 … {width}")
         if count and not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
             raise ValueError(
-                f"labels run from {self.labels.min()} to {self.labels.max()}; there are {len(self.classes)} classes"
+                f"labels run from {self.labels.min()} to {self.labels.max()}; there are "
+                f"{len(self.classes)} classes"
             )
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ that its train rows overlap the validation and test rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 import numpy as np
@@ -140,8 +140,8 @@ def check_disjoint(parts: Mapping[str, Iterable[Interval]], *, gap: int = 0) -> 
                 if other != part and start < other_end + gap:
                     what = "overlap" if start < other_end else f"lie closer than {gap} bp"
                     raise ValueError(
-                        f"parts: {other} {record}:{other_start}-{other_end} and {part} {record}:{start}-{end} "
-                        f"{what}; the parts of a split must share no base"
+                        f"parts: {other} {record}:{other_start}-{other_end} and {part} {record}:{start}-"
+                        f"{end} {what}; the parts of a split must share no base"
                     )
             if part not in reach or end > reach[part][0]:
                 reach[part] = (end, start)
@@ -229,7 +229,7 @@ def _blocks(
     for name, size in lengths.items():
         count = max(1, round(size / block))
         edges = [size * i // count for i in range(count + 1)]
-        pieces += [Interval(name, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces += [Interval(name, a, b) for a, b in pairwise(edges)]
     cut = _assign(pieces, validation, test, rng, "sequence, or a smaller block")
     where = {(piece.record, piece.start): part for part, items in cut.items() for piece in items}
     parts: dict[str, list[Interval]] = {part: [] for part in PARTS}

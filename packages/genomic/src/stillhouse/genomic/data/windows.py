@@ -164,7 +164,7 @@ class _Source:
         if self._fasta is not None:
             self._lengths = dict(self._fasta.lengths)
             return
-        genomes = [source] if isinstance(source, Genome) else list(source)
+        genomes: list[Genome] = list(source)  # type: ignore[arg-type]
         if not genomes:
             raise ValueError("genomes is empty; give at least one, or a Fasta")
         if len({genome.name for genome in genomes}) != len(genomes):

@@ -35,7 +35,13 @@ class Gene:
 
 
 def draw_gene(
-    rng: np.random.Generator, dialect: Dialect, *, codons: int, introns: int, intron_length: int, tata: float
+    rng: np.random.Generator,
+    dialect: Dialect,
+    *,
+    codons: int,
+    introns: float,
+    intron_length: int,
+    tata: float,
 ) -> Gene:
     """A gene with about the given size.
 

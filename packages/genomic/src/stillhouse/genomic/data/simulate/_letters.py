@@ -39,8 +39,8 @@ class Dialect:
 
 
 def draw_dialect(rng: np.random.Generator, gc: float, codon_bias: float) -> Dialect:
-    """Codon use of a genome: synonymous codons at weights exp(bias · normal), G and C favoured by the genome's GC."""
-    table = standard_dna_table.forward_table
+    """Codon use of a genome: synonymous codons at weights exp(bias · normal), times the GC at its end."""
+    table = standard_dna_table.forward_table  # type: ignore[attr-defined]
     names = sorted(table)
     codons = np.array([["ACGT".index(letter) for letter in name] for name in names])
     weights = np.exp(codon_bias * rng.standard_normal(len(names)))

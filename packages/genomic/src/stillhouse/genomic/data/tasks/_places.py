@@ -61,8 +61,8 @@ def enough(found: int, wanted: int, what: str, genome: Genome) -> None:
     """
     if found < wanted:
         raise DataError(
-            f"{genome.name}: {found} {what}, {wanted} needed; give an annotated genome with more of them, or a "
-            "shorter length"
+            f"{genome.name}: {found} {what}, {wanted} needed; give an annotated genome with more of them, or "
+            "a shorter length"
         )
 
 

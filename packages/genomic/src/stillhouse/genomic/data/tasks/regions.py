@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def regions(
         seed: the same seed gives the same windows.
 
     Returns:
-        `Sequences` with the classes exon, intron, intergenic. See `splice_sites` for groups and what is left out.
+        `Sequences` with the classes exon, intron, intergenic. See `splice_sites` for groups and
+        what is left out.
 
     Raises:
         DataError: fewer than 10 windows of some class.
@@ -137,7 +139,7 @@ def species(
 def _runs(codes: np.ndarray) -> list[tuple[int, int, int]]:
     """Runs of equal codes as (start, end, code)."""
     edges = np.concatenate([[0], np.flatnonzero(np.diff(codes)) + 1, [len(codes)]])
-    return [(int(a), int(b), int(codes[a])) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b, int(codes[a])) for a, b in pairwise(edges.tolist())]
 
 
 def _strands(genome: Genome) -> dict[str, np.ndarray]:

@@ -34,32 +34,35 @@ def splice_sites(
 ) -> Sequences:
     """Real splice sites against as many decoys.
 
-    Sites are the ends of the introns of the gene models (`introns`), canonical ones only (GT…AG), on their own
-    strand. The border between exon and intron lies before letter `length // 2` of the window, so that GT
-    stands at `length // 2` of a donor and AG right before it in an acceptor. Decoys have the same two letters
-    at the same place:
+    Sites are the ends of the introns of the gene models (`introns`), canonical ones only (GT…AG), on their
+    own strand. The border between exon and intron lies before letter `length // 2` of the window, so that GT
+    stands at `length // 2` of a donor, and AG right before it in an acceptor. Decoys have the same two
+    letters at the same place. From easy to hard:
 
-    | decoys | what they are | PWM | first-order model |
-    |---|---|---|---|
-    | `random` | letters drawn one by one at the mean frequencies of the sites | easy | easy |
-    | `easy` | GT/AG of the genome that no gene model, pseudogene or `intron` line has | above chance | above |
-    | `matched` | of those the ones whose score under a position weight matrix is nearest to a true site's | little above chance | above |
-    | `hard` | each true window once more, with the `core` letters about the site drawn anew: each column is permuted by itself over the sites of its group | **at chance by construction** | above |
+    - `random`: letters drawn one by one at the mean frequencies of the sites.
+    - `easy`: a GT (AG) of the genome, on either strand, where no gene model, pseudogene or `intron` line of
+      the annotation (RNA-seq junctions too) has an end of an intron.
+    - `matched`: of those, the ones whose score under a position weight matrix is nearest to a true site's;
+      the matrix stays a little above chance.
+    - `hard`: each true window once more, with the `core` letters about the site drawn anew: each column is
+      permuted by itself over the sites of its group. **A position weight matrix is at chance by
+      construction**, a first-order model is not.
 
-    In `hard` all column frequencies of the window, core and flanks, equal those of the true sites exactly, in
-    every group and so in every part of a grouped split; a decoy keeps the flanks – hence the genomic context –
-    of the site that it was made of, and its group. Only what columns of the core say *together* tells the
-    classes apart. (Permuting over all sites at once would not do: then what train sites have too much of a
-    letter, test sites have too little of, and a position weight matrix falls to 33 to 41 % on a thousand
-    sites.) Neighbouring groups are united until each holds 16 sites. Source of the idea: n2/n3-like decoys of
-    a published benchmark, on whose hardest class a position weight matrix scores 49 % and first-order models
-    67 to 76 % (KorfLab/genDL data/splice42/README.md); that its n3 decoys are made in this way is our reading.
+    In `hard` the letter frequencies of every column, core and flanks, equal those of the true sites exactly,
+    in every group and so in every part of a grouped split; a decoy keeps the flanks, hence the genomic
+    context, of the site that it was made of, and its group. Only what columns of the core say *together*
+    tells the classes apart. (Permuting over all sites at once would not do: where train sites have too much
+    of a letter, test sites then have too little, and a position weight matrix falls to 33 to 41 % on a
+    thousand sites.) Neighbouring groups are united until each holds 16 sites. Source of the idea: n2/n3-like
+    decoys of a published benchmark, on whose hardest class a position weight matrix scores 49 % and
+    first-order models 67 to 76 % (KorfLab/genDL data/splice42/README.md); that its n3 decoys are made in this
+    way is our reading.
 
     Args:
         genome: with gene models.
         kind: the end of the intron that the exon before (donor) or after (acceptor) it touches.
         length: letters of a window, at least 4.
-        decoys: see the table.
+        decoys: see the list.
         core: letters about the border that `hard` draws anew and `matched` scores, at most `length`.
         limit: most true sites; None takes all.
         block: length of the blocks that make the groups; 10,000 bp or 16 windows when None.
@@ -83,8 +86,8 @@ def splice_sites(
     core = min(core, length)
     size = block_size(length, block)
     rng = np.random.default_rng(seed)
-    places = [_window(gap, kind, length) for gap in introns(genome)]
-    places = usable(genome, [place for place in places if place is not None], size)
+    windows = [_window(gap, kind, length) for gap in introns(genome)]
+    places = usable(genome, [window for window in windows if window is not None], size)
     places = [place for place in places if _has_motif(genome.fetch(place), kind)]
     places = pick(places, len(places) if limit is None else limit, rng)
     enough(len(places), 10, f"usable canonical {kind} sites", genome)
