@@ -218,3 +218,24 @@ def test_tradeoff_scatter_puts_models_where_they_are() -> None:
         figures.tradeoff_scatter(["a", "b"], size=[1], latency=[1], quality=[1])
     with pytest.raises(ValueError, match="must be > 0"):
         figures.tradeoff_scatter(["a"], size=[1], latency=[0], quality=[1])
+
+
+def test_step_curves_join_points_in_the_order_of_time() -> None:
+    axes = figures.step_curves(
+        {
+            "teacher": [(8.0, Interval(0.5, 0.4, 0.6), "50"), (0.2, 0.9, "1")],
+            "student": [(0.1, 0.45, "")],
+            "nothing": [],
+        },
+        label="Chamfer distance, m",
+    ).axes[0]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves["teacher"] == [[0.2, 0.9], [8.0, 0.5]]
+    assert curves["student"] == [[0.1, 0.45]]
+    assert "nothing" not in curves
+    assert [[8.0, 0.4], [8.0, 0.6]] in [line.get_xydata().tolist() for line in axes.lines]
+    assert [t.get_text() for t in axes.texts] == ["1", "50"]
+    assert axes.get_xscale() == "log"
+    for wrong in ({"a": []}, {"a": [(0.0, 1.0, "")]}):
+        with pytest.raises(ValueError, match="at least one point"):
+            figures.step_curves(wrong, label="")

@@ -370,6 +370,64 @@ def tradeoff_scatter(
     return figure
 
 
+def step_curves(
+    lines: Mapping[str, Sequence[tuple[float, float | Interval, str]]],
+    *,
+    label: str,
+    xlabel: str = "seconds",
+    title: str = "",
+) -> Figure:
+    """Draw quality over time for models that can take more or fewer steps: one line a model, a point a number
+    of steps.
+
+    Args:
+        lines: Model → points (time > 0, quality, mark beside the point, for example "8"); a model without
+            steps has one point. Points are joined in the order of their time.
+        label: What quality is called, with its unit and whether less is better.
+        xlabel: What time is called.
+        title: A short title.
+
+    Raises:
+        ValueError: When there is no point, or a time that is not > 0.
+    """
+    if not any(lines.values()) or not all(x > 0 for points in lines.values() for x, _, _ in points):
+        raise ValueError("lines must hold at least one point, and every time must be > 0")
+    figure, axes = _axes(4.6, 3.7, grid=True)
+    for i, (name, points) in enumerate(lines.items()):
+        if not points:
+            continue
+        ordered = sorted(points, key=lambda point: point[0])
+        x = [point[0] for point in ordered]
+        values = [point[1] for point in ordered]
+        middle = [v.estimate if isinstance(v, Interval) else float(v) for v in values]
+        look: dict[str, Any] = {"color": series(i), "zorder": 3}
+        axes.plot(
+            x, middle, linewidth=1.4, marker=MARKERS[i % len(MARKERS)], markersize=5, label=name, **look
+        )
+        for at, value, y, mark in zip(x, values, middle, [p[2] for p in ordered], strict=True):
+            if isinstance(value, Interval):
+                axes.plot([at, at], [value.low, value.high], linewidth=1.1, alpha=0.55, **look)
+            if mark:
+                axes.annotate(
+                    mark,
+                    (at, y),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    color=series(i),
+                    fontsize=_SIZE - 1.5,
+                )
+    times = [x for points in lines.values() for x, _, _ in points]
+    if max(times) / min(times) > 4:
+        _log_axis(axes, "x")
+    axes.margins(x=0.07, y=0.14)
+    axes.set(xlabel=xlabel, ylabel=label)
+    _legend_below(figure, axes)
+    _title(axes, title)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------- log and style
 
 
