@@ -70,11 +70,11 @@ class DataConfig:
         bed: intervals to pre-train on, instead of everything that is not held out.
         length: characters of a pre-training window, bp (1,024 in the lineage's short recipe).
         stride: characters between the starts of neighbouring windows; None: `length`, no overlap.
-        block: records longer than this are held out in blocks of this length, bp; shorter ones whole.
+        block: genomes are held out in blocks of about this length, bp; shorter records whole. Where blocks of
+            different parts meet, a window's length is left out.
         validation: share of the blocks that is held out to choose settings on.
         test: share of the blocks that is held out to report on.
         split_seed: which blocks.
-        gap: characters next to a held-out block that nobody sees, bp, so that no probe window reaches over.
         reverse_complement: share of the windows that are turned to the other strand, before both
             tokenisations (lineage: 0.5).
         letters: smallest share of nucleotides, N not counted, of a window that is trained on.
@@ -93,7 +93,6 @@ class DataConfig:
     validation: float = 0.1
     test: float = 0.2
     split_seed: int = 0
-    gap: int = 0
     reverse_complement: float = 0.5
     letters: float = 0.5
     simulate_kilobases: int = 200
@@ -102,7 +101,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _finite("data", self)
-        _at_least("data", self, length=24, block=1_000, gap=0, simulate_kilobases=40, workers=0)
+        _at_least("data", self, length=24, block=4_000, simulate_kilobases=40, workers=0)
         _at_least("data", self, split_seed=0, simulate_seed=0)
         _between("data", self, "validation", "test")
         _between("data", self, "reverse_complement", "letters", ends=(True, True))
@@ -113,8 +112,11 @@ class DataConfig:
                 f"data.validation is {self.validation!r} and data.test {self.test!r}; test must be above 0 "
                 "and both together below 1"
             )
-        if self.length > self.block:
-            raise ConfigError(f"data.length is {self.length!r}; it must not exceed data.block, {self.block}")
+        if 2 * self.length >= self.block:
+            raise ConfigError(
+                f"data.length is {self.length!r} and data.block {self.block!r}; a block must be longer than "
+                "two windows"
+            )
         for name in ("annotation", "names"):
             given = getattr(self, name)
             if given and len(given) != len(self.fasta):
@@ -277,10 +279,15 @@ class EvaluateConfig:
     Attributes:
         tasks: "donor", "acceptor", "regions", "species"; those without annotation or a second genome are
             left out with a note.
-        length: characters of a probe window, bp.
-        decoys: negatives of the splice sites: "easy" or "hard".
+        length: characters of a window of "regions" and "species", bp.
+        site_length: the same of "donor" and "acceptor", whose site is in the middle.
+        decoys: negatives of the splice sites: "easy", "matched" or "hard"; see `data.splice_sites`.
         limit: most windows of a class and genome.
-        pool: how features become one vector: "mean" of the window, or "center".
+        pool: how features become one vector in "regions" and "species": the "mean" of the window, or of its
+            "center".
+        middle: characters of that center.
+        site_pool, site_middle: the same in "donor" and "acceptor"; hard decoys differ from sites in the
+            42 characters about the site.
         baselines: also show random weights, and train a student without the teacher (reconstruction alone).
         resamples: bootstrap resamples of the intervals.
         batch: windows embedded at once.
@@ -288,21 +295,27 @@ class EvaluateConfig:
 
     tasks: tuple[Task, ...] = ("donor", "acceptor", "regions", "species")
     length: int = 256
-    decoys: Literal["easy", "hard"] = "hard"
-    limit: int = 2000
+    site_length: int = 128
+    decoys: Literal["easy", "matched", "hard"] = "hard"
+    limit: int = 1500
     pool: Literal["mean", "center"] = "mean"
+    middle: int = 64
+    site_pool: Literal["mean", "center"] = "center"
+    site_middle: int = 42
     baselines: bool = True
     resamples: int = 1000
     batch: int = 64
 
     def __post_init__(self) -> None:
-        _choice("evaluate", self, decoys=Literal["easy", "hard"], pool=Literal["mean", "center"])
+        pools = Literal["mean", "center"]
+        _choice("evaluate", self, decoys=Literal["easy", "matched", "hard"], pool=pools, site_pool=pools)
         for task in self.tasks:
             if task not in get_args(Task):
                 raise ConfigError(
                     f"evaluate.tasks has {task!r}; allowed: {', '.join(map(repr, get_args(Task)))}"
                 )
-        _at_least("evaluate", self, length=24, limit=8, resamples=100, batch=1)
+        _at_least("evaluate", self, length=24, site_length=24, limit=10, resamples=100, batch=1)
+        _at_least("evaluate", self, middle=1, site_middle=1)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

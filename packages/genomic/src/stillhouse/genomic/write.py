@@ -1,26 +1,22 @@
-"""What the verbs `tasks` and `simulate` write: labelled windows as tables, genomes as FASTA and GFF3."""
+"""Files that the verbs write: tasks, a simulated genome, a plain Hugging Face folder."""
 
 from __future__ import annotations
 
-import csv
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from stillhouse.core.errors import ConfigError, DataError
 
-from ._atomic import replacing
+from .config import DataConfig, EvaluateConfig, GenomicConfig, Task
+from .data import Sequences
 
-if TYPE_CHECKING:
-    from .data import Sequences
-
-TASKS = ("donor", "acceptor", "regions", "species")
 FORMATS = ("csv", "tsv", "parquet")
-_COLUMNS = ("sequence", "label", "split", "group")
 Progress = Callable[[int, int], None]
 
 
@@ -32,146 +28,222 @@ def build_tasks(
     length: int = 256,
     decoys: str = "hard",
     limit: int = 2000,
-    test: float = 0.3,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Sequences]:
-    """Cut labelled windows out of annotated genomes and split them by group.
+    """Cut labelled windows out of annotated genomes, with a split by blocks that never touch.
 
     Args:
         fasta: genomes.
-        annotation: GFF3 of each, in their order; empty: no annotation, and `species` alone can be built.
-        names: of `TASKS`; empty: all that the files allow.
+        annotation: GFF3 of each, in their order, or nothing.
+        names: tasks; empty for all that the files allow.
         length: bases of a window.
-        decoys: negatives of the splice sites, "easy" (random GT or AG) or "hard" (with the letter frequencies
-            of true sites).
-        limit: most windows of a class and genome.
-        test: share of the groups for the test part.
-        seed: of the choice and of the split.
-        progress: called as `progress(done, total)`.
+        decoys: negatives of the splice sites, "easy" or "hard".
+        limit: most windows of a class and genome, in each part.
+        seed: of the choice of windows and of the split.
+        progress: called as `progress(done, total)`, in tasks.
 
     Returns:
-        A task for each name and, but for species, each genome; each with a split into "train" and "test" that
-        keeps groups whole.
+        The tasks, each with the parts "train" and "test".
 
     Raises:
-        ConfigError: an unknown name, or one that the files do not allow.
-        DataError: a file cannot be used, or a task has too few windows.
+        ConfigError: an unknown task, or settings out of range.
+        DataError: files that cannot be used, or no task that they allow.
     """
-    from .data import read_genome, regions, species, splice_sites
+    from .corpus import probe_tasks, read_corpus
 
-    strange = [name for name in names if name not in TASKS]
+    every: tuple[Task, ...] = ("donor", "acceptor", "regions", "species")
+    strange = [name for name in names if name not in every]
     if strange:
-        raise ConfigError(f"--task {strange[0]}: allowed are {', '.join(TASKS)}")
-    if decoys not in ("easy", "hard"):
-        raise ConfigError(f"--decoys {decoys}: allowed are easy, hard")
-    wanted = list(names) or [
-        name for name in TASKS if (len(fasta) > 1 if name == "species" else bool(annotation))
-    ]
-    if not annotation and set(wanted) - {"species"}:
-        raise ConfigError(f"--task {wanted[0]}: needs --annotation")
-    if "species" in wanted and len(fasta) < 2:
-        raise ConfigError("--task species: needs --fasta at least twice")
-    if not wanted:
-        raise ConfigError("nothing to build: give --annotation, or --fasta twice for species")
-    genomes = [read_genome(path, annotation[at] if annotation else None) for at, path in enumerate(fasta)]
-    own = [name for name in wanted if name != "species"]
-    total, done = len(own) * len(genomes) + ("species" in wanted), 0
-    found: list[Sequences] = []
-    for genome in genomes:
-        for name in own:
-            if name == "regions":
-                made = regions(genome, length=length, seed=seed)
-            else:
-                made = splice_sites(genome, kind=name, length=length, decoys=decoys, seed=seed)  # type: ignore[arg-type]
-            found.append(_split(_named(made, f"{genome.name}-{name}"), limit, test, seed))
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    if "species" in wanted:
-        made = species(genomes, length=length, seed=seed)
-        found.append(_split(_named(made, "species"), limit, test, seed))
-        if progress is not None:
-            progress(total, total)
-    return found
+        raise ConfigError(f"--task {strange[0]}: allowed are {', '.join(every)}")
+    config = GenomicConfig(
+        data=DataConfig(
+            fasta=tuple(map(str, fasta)),
+            annotation=tuple(map(str, annotation)),
+            length=max(24, min(length, 512)),
+            validation=0.0,
+            split_seed=seed,
+        ),
+        evaluate=EvaluateConfig(
+            tasks=tuple(names) or every,  # type: ignore[arg-type]
+            length=length,
+            decoys=decoys,  # type: ignore[arg-type]
+            limit=limit,
+        ),
+    )
+    corpus = read_corpus(config)
+    found, left_out = probe_tasks(corpus, config.evaluate, seed=seed, progress=progress)
+    if not found or (names and len(found) < len(set(names))):
+        raise DataError(f"{corpus.name}: {'; '.join(left_out) or 'no task can be cut from it'}")
+    return [_joined(task.name, task.fit, task.score) for task in found]
+
+
+def _joined(name: str, fit: Sequences, score: Sequences) -> Sequences:
+    width = max(fit.sequences.shape[1], score.sequences.shape[1])
+    return Sequences(
+        name=name,
+        sequences=np.concatenate([_widened(part.sequences, width) for part in (fit, score)]),
+        lengths=np.concatenate([fit.lengths, score.lengths]),
+        labels=np.concatenate([fit.labels, score.labels]),
+        classes=fit.classes,
+        groups=(*fit.groups, *score.groups),
+        split=(*["train"] * len(fit), *["test"] * len(score)),
+    )
+
+
+def _widened(windows: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(windows, ((0, 0), (0, width - windows.shape[1])), constant_values=ord("N"))
 
 
 def write_tasks(tasks: Sequence[Sequences], folder: Path, *, format: str = "csv") -> list[dict[str, Any]]:
-    """Write tasks, a file each, with the columns sequence, label, split, group.
+    """Write tasks as tables with the columns sequence, label, group, split; `finetune` reads them.
 
     Args:
-        tasks: with splits.
-        folder: made if need be.
-        format: of `FORMATS`.
+        tasks: what to write.
+        folder: where to; made where it is missing.
+        format: "csv", "tsv" or "parquet".
 
     Returns:
-        A row a file: `file`, `windows`, `bases`, `counts`.
+        A row for each: `task`, `file`, `windows`, `bases` (of a window), `counts` (class → windows).
 
     Raises:
-        ConfigError: an unknown format.
-        DataError: a file cannot be written.
+        ConfigError: another format.
+        DataError: the folder cannot be written.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: allowed are {', '.join(FORMATS)}")
     rows = []
     for task in tasks:
-        path = folder / f"{task.name}.{format}"
-        write_sequences(task, path)
-        counts = ", ".join(f"{name} {int((task.labels == at).sum())}" for at, name in enumerate(task.classes))
+        target = Path(folder) / f"{_slug(task.name)}.{format}"
+        _write_table(task, target, format)
+        counts = np.bincount(task.labels, minlength=len(task.classes)).tolist()
         rows.append(
             {
-                "file": str(path),
-                "windows": len(task.labels),
-                "bases": int(task.sequences.shape[1]),
-                "counts": counts,
+                "task": task.name,
+                "file": str(target),
+                "windows": len(task),
+                "bases": int(task.lengths.max()),
+                "counts": dict(zip(task.classes, counts, strict=True)),
             }
         )
     return rows
 
 
-def write_sequences(data: Sequences, path: str | os.PathLike[str]) -> None:
-    """Write labelled sequences as CSV, TSV or Parquet, by the name's end; whole or not at all."""
-    target = Path(path)
-    letters = [
-        row[: int(length)].tobytes().decode("ascii")
-        for row, length in zip(data.sequences, data.lengths, strict=True)
-    ]
-    labels = [data.classes[int(label)] for label in data.labels]
-    split = list(data.split) if data.split is not None else [""] * len(labels)
-    groups = list(data.groups) if len(data.groups) else [""] * len(labels)
-    with replacing(target) as work:
-        if target.suffix == ".parquet":
+def _write_table(task: Sequences, target: Path, format: str) -> None:
+    import csv
+
+    letters = [row[:n].tobytes().decode("ascii") for row, n in zip(task.sequences, task.lengths, strict=True)]
+    labels = [task.classes[label] for label in task.labels]
+    split = task.split or ("train",) * len(task)
+    columns = {"sequence": letters, "label": labels, "group": list(task.groups), "split": list(split)}
+
+    def write(path: Path) -> None:
+        if format == "parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            columns = dict(zip(_COLUMNS, (letters, labels, split, groups), strict=True))
-            pq.write_table(pa.table(columns), work, compression="zstd")
+            pq.write_table(pa.table(columns), path)
             return
-        with work.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, delimiter="\t" if target.suffix == ".tsv" else ",", lineterminator="\n")
-            table.writerow(_COLUMNS)
-            table.writerows(zip(letters, labels, split, groups, strict=True))
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, delimiter="," if format == "csv" else "\t", lineterminator="\n")
+            table.writerow(columns)
+            table.writerows(zip(*columns.values(), strict=True))
+
+    _replaced(target, write)
 
 
-def _named(data: Sequences, name: str) -> Sequences:
-    return replace(data, name=name)
+def write_simulated(folder: Path, *, seed: int = 0, kilobases: int | None = None) -> dict[str, Any]:
+    """Write the two simulated genomes, each as FASTA and GFF3.
+
+    Args:
+        folder: where to; made where it is missing.
+        seed: which genomes.
+        kilobases: size of each; None: the simulator's.
+
+    Returns:
+        "fasta" and "annotation": paths, in order.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    from .corpus import simulated
+    from .data import genome_records, write_fasta, write_gff3
+
+    config = DataConfig(simulate_seed=seed)
+    if kilobases is not None:
+        config = DataConfig(simulate_seed=seed, simulate_kilobases=max(kilobases, 40))
+    fasta, annotation = [], []
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for genome in simulated(config):
+            fasta.append(Path(folder) / f"{_slug(genome.name)}.fa")
+            annotation.append(fasta[-1].with_suffix(".gff3"))
+            write_fasta(fasta[-1], genome_records(genome))
+            write_gff3(annotation[-1], genome.features)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
+    return {"fasta": [str(path) for path in fasta], "annotation": [str(path) for path in annotation]}
 
 
-def _split(data: Sequences, limit: int, test: float, seed: int) -> Sequences:
-    """Thin the classes out at random, and split by group."""
-    from .finetune import rows_of
-    from .probe import split_groups
+def export_huggingface(artifact: Path, folder: Path) -> dict[str, Any]:
+    """Write a student as a model folder of Hugging Face alone and check that it computes the same.
 
-    rng = np.random.default_rng(seed)
-    kept = np.concatenate(
-        [rng.permutation(np.flatnonzero(data.labels == at))[:limit] for at in range(len(data.classes))]
-    )
-    data = rows_of(data, np.sort(kept))
-    if len(set(data.groups)) < 2:
-        raise DataError(
-            f"{data.name}: all windows are of one group, which cannot be split; give more sequence"
-        )
-    train, _ = split_groups(np.asarray(data.groups), test=test, seed=seed)
-    marks = np.full(len(data.labels), "test", dtype=object)
-    marks[train] = "train"
-    return replace(data, split=tuple(marks.tolist()))
+    The folder of a student is a Hugging Face folder already; the export leaves out what only this package
+    reads.
+
+    Args:
+        artifact: the student's folder, or a run's.
+        folder: where to; made where it is missing.
+
+    Returns:
+        "format", "files", and "parity": the largest difference between the features of both on random
+        letters.
+
+    Raises:
+        DataError: the student cannot be read, the folder cannot be written, or the two differ.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from . import huggingface
+    from .student.store import TRAINING, load_student
+
+    loaded = load_student(artifact)
+    source, own = loaded.artifact.folder, {"artifact.json", "metrics.json", "provenance.json", "SHA256SUMS"}
+    names = [p.name for p in sorted(source.iterdir()) if p.is_file() and p.name not in {*own, TRAINING}]
+    work = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        for name in names:
+            shutil.copyfile(source / name, work / name)
+        assert huggingface.StudentModel is not None  # importing it registers the classes
+        model = AutoModel.from_pretrained(work).eval()
+        letters = torch.tensor(loaded.tokenizer.nucleotide_ids)
+        ids = letters[torch.randint(4, (2, 96), generator=torch.Generator().manual_seed(0))]
+        with torch.no_grad():
+            difference = (model(ids).last_hidden_state - loaded.encoder(ids)).abs().max().item()
+        if not difference <= 1e-5:
+            raise DataError(f"{artifact}: the exported model differs from the student by {difference:.2g}")
+        for name in names:
+            os.replace(work / name, folder / name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {"format": "huggingface", "files": names, "parity": difference, "folder": str(folder)}
+
+
+def _replaced(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name and rename it."""
+    work = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(work)
+        os.replace(work, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); give another --out") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
