@@ -111,10 +111,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
             ("pretrain", "--fasta", "{fasta}", "--annotation", "{fasta}", "--annotation", "{fasta}"),
             "2 times for 1",
         ),
-        (("tasks", "--fasta", "{fasta}"), "nothing to build"),
         (("tasks", "--fasta", "{fasta}", "--task", "exons"), "--task exons"),
-        (("tasks", "--fasta", "{fasta}", "--task", "species"), "at least twice"),
-        (("tasks", "--fasta", "{fasta}", "--task", "donor"), "needs --annotation"),
+        (("tasks", "--fasta", "{fasta}", "--decoys", "soft"), "soft"),
         (("simulate", "--kilobases", "1"), "--kilobases"),
         (("nonsense",), "nonsense"),
     ],
@@ -152,7 +150,7 @@ def test_what_is_no_student_is_one_line(
 
 
 BAD_FASTA = {
-    "protein": (b">a\nMKLVEEPFQHINS\n", "protein.fa"),
+    "protein": (b">a\n" + b"MKLVEEPFQHINS" * 5000 + b"\n", "protein.fa"),
     "duplicate": (b">a\nACGT\n>a\nACGT\n", "'a'"),
     "empty record": (b">a\nACGT\n>b\n>c\nACGT\n", "'b'"),
     "no header": (b"ACGT\n", "begin"),
@@ -261,39 +259,60 @@ def test_variants_are_scored(
     assert "1 mismatch" in capsys.readouterr().out
 
 
-def test_a_simulated_genome_becomes_tasks_and_a_classifier(
-    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def genomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Two simulated genomes as files."""
+    from stillhouse.genomic.write import write_simulated
+
+    made: dict[str, list[str]] = write_simulated(tmp_path_factory.mktemp("genomes"), seed=1, kilobases=100)
+    return made
+
+
+def test_simulate_writes_genomes_and_their_annotation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("simulate", "--out", tmp_path / "sim", "--seed", 1, "--kilobases", 60, "--json") == 0
+    assert call("simulate", "--out", tmp_path / "sim", "--seed", 1, "--kilobases", 40, "--json") == 0
     made = json.loads(capsys.readouterr().out)
-    files = ("--fasta", made["fasta"], "--annotation", made["annotation"])
-    arguments = ("tasks", *files, "--task", "donor", "--task", "regions", "--length", 64, "--limit", 60)
+    assert len(made["fasta"]) == len(made["annotation"]) == 2
+    assert Path(made["fasta"][0]).read_text().startswith(">")
+
+
+def test_annotated_genomes_become_tasks_and_a_classifier(
+    student: Path, genomes: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files: list[object] = []
+    for fasta, annotation in zip(genomes["fasta"], genomes["annotation"], strict=True):
+        files += ["--fasta", fasta, "--annotation", annotation]
+    arguments = ("tasks", *files, "--length", 64, "--limit", 60)
     assert call(*arguments, "--out", tmp_path / "tasks", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["tasks"]
-    assert len(rows) == 2
-    with open(rows[0]["file"], newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert {len(line["sequence"]) for line in lines} == {64}
-    by_part = {part: {line["group"] for line in lines if line["split"] == part} for part in ("train", "test")}
-    assert not by_part["train"] & by_part["test"]
-    arguments = ("finetune", student, rows[0]["file"], "--epochs", 1, "--seeds", 1, "--out", tmp_path / "ft")
+    rows = {row["task"]: row for row in json.loads(capsys.readouterr().out)["tasks"]}
+    assert {"donor", "acceptor", "regions", "species"} <= {name.split()[0].rstrip(",") for name in rows}
+    for row in rows.values():
+        with open(row["file"], newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert {len(line["sequence"]) for line in lines} == {64}
+        parts = {
+            part: {line["group"] for line in lines if line["split"] == part} for part in ("train", "test")
+        }
+        assert parts["train"]
+        assert parts["test"]
+        assert not parts["train"] & parts["test"]
+    first = next(iter(rows.values()))["file"]
+    arguments = ("finetune", student, first, "--epochs", 1, "--seeds", 1, "--out", tmp_path / "ft")
     assert call(*arguments, "--device", "cpu", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["metric"] == "mcc (plain)"
     assert Path(result["report"]).is_file()
 
 
-def test_a_second_species_is_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files: list[object] = []
-    for seed in (1, 2):
-        assert (
-            call("simulate", "--out", tmp_path / f"sim{seed}", "--seed", seed, "--kilobases", 40, "--json")
-            == 0
-        )
-        files += ["--fasta", json.loads(capsys.readouterr().out)["fasta"]]
-    assert call("tasks", *files, "--limit", 40, "--format", "parquet", "--out", tmp_path / "t", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["tasks"]
-    assert [Path(row["file"]).name for row in rows] == ["species.parquet"]
+@pytest.mark.parametrize("task", ["donor", "species"])
+def test_a_task_that_the_files_do_not_allow_is_one_line(
+    task: str, genomes: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    said = fails(capsys, 1, "tasks", "--fasta", genomes["fasta"][0], "--task", task, "--out", out)
+    assert task in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

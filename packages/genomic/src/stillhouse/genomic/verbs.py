@@ -102,7 +102,7 @@ def _corpus(fasta: list[Path], annotation: list[Path] | None, bed: Path | None) 
     if annotation:
         settings.append(f"data.annotation={json.dumps([str(path) for path in annotation])}")
     if bed:
-        settings.append(f"data.bed={json.dumps(str(bed))}")
+        settings.append(f"data.bed={bed}")
     return settings
 
 
@@ -114,11 +114,20 @@ def _add_finetune(app: typer.Typer) -> None:
             Path,
             typer.Argument(
                 metavar="TASK",
-                help="Labelled sequences: CSV, TSV, Parquet or FASTA; with a column `split`, or see --test.",
+                help="Labelled sequences: CSV, TSV, Parquet or FASTA, with a column `split`, or see --test; "
+                "or the folder of a benchmark’s task.",
             ),
         ],
         test: Annotated[
             Path | None, typer.Option("--test", metavar="FILE", help="Test part, where TASK has no splits.")
+        ] = None,
+        reference: Annotated[
+            Path | None,
+            typer.Option(
+                "--reference",
+                metavar="FASTA",
+                help="Genome of TASK, a folder of Genomic Benchmarks’ intervals.",
+            ),
         ] = None,
         preset: Annotated[
             str, typer.Option("--preset", metavar="NAME", help="Protocol: quick, ntb, gb.")
@@ -184,7 +193,9 @@ def _add_finetune(app: typer.Typer) -> None:
                 kind=kind,
                 seed=run.seed,
             )
-            result = finetune_student(student, task, config, run, test=test, scratch=scratch)
+            result = finetune_student(
+                student, task, config, run, test=test, reference=reference, scratch=scratch
+            )
         run.finish(result)
 
 
@@ -354,19 +365,18 @@ def _add_tasks(app: typer.Typer) -> None:
             rows = write_tasks(made, run.out, format=format)
             if not json:
                 for row in rows:
-                    run.say(f"{row['file']}: {row['windows']} windows of {row['bases']} bp, {row['counts']}")
+                    counts = ", ".join(f"{count} {name}" for name, count in row["counts"].items())
+                    run.say(f"{row['file']}: {row['windows']} windows of {row['bases']} bp: {counts}")
         run.finish({"tasks": rows})
 
 
 def _add_simulate(app: typer.Typer) -> None:
-    @app.command(help="Write a simulated genome (FASTA and GFF3) to try the other verbs on.")
+    @app.command(help="Write two simulated genomes (FASTA and GFF3) to try the other verbs on.")
     def simulate(
         out: OutOption = None,
         kilobases: Annotated[
             int | None,
-            typer.Option(
-                "--kilobases", min=10, help="Length of each record.", show_default="the simulator's"
-            ),
+            typer.Option("--kilobases", min=40, help="Size of each genome.", show_default="the simulator's"),
         ] = None,
         seed: SeedOption = None,
         json: JsonOption = False,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import re
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +32,18 @@ def finetune_student(
     run: Run,
     *,
     test: Path | None = None,
+    reference: Path | None = None,
     scratch: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune a finished student on a file of labelled sequences.
 
     Args:
         student: its folder, or the folder of its run.
-        task: CSV, TSV, Parquet or FASTA; or a folder of the Nucleotide Transformer benchmark.
+        task: see `read_parts`.
         config: the protocol.
         run: where `finetune.json`, `predictions.tsv`, the logs and the report go, and the device.
         test: the test part, where `task` has no splits.
+        reference: the genome of a folder of Genomic Benchmarks.
         scratch: forget the weights.
 
     Returns:
@@ -49,7 +54,7 @@ def finetune_student(
     """
     from ..verbs import load
 
-    train_part, test_part = read_parts(task, test)
+    train_part, test_part = read_parts(task, test, reference=reference)
     check_parts(train_part, test_part, config.scorer().key)
     device = run.torch_device()
     loaded = load(student, run)
@@ -73,21 +78,54 @@ def finetune_student(
     return _write(found, test_part, config, run, student=student, task=task, scratch=scratch)
 
 
-def read_parts(task: Path, test: Path | None = None) -> tuple[Sequences, Sequences]:
+def read_parts(
+    task: Path, test: Path | None = None, *, reference: Path | None = None
+) -> tuple[Sequences, Sequences]:
     """Read the training part (validation rows included) and the test part.
+
+    Args:
+        task: a table or FASTA of labelled sequences, a folder of the Nucleotide Transformer benchmark, or
+            with `reference` a folder of Genomic Benchmarks.
+        test: the test part, where `task` has none.
+        reference: the genome that the intervals of Genomic Benchmarks refer to.
 
     Raises:
         DataError: a file cannot be used, or there is no test part.
     """
-    from ..data import read_labelled, read_nt_benchmark
+    from ..data import Fasta, read_genomic_benchmark, read_labelled, read_nt_benchmark
 
-    whole = read_nt_benchmark(task) if task.is_dir() else read_labelled(task)
+    if reference is not None:
+        whole = read_genomic_benchmark(task, Fasta(reference))
+    elif task.is_dir():
+        whole = read_nt_benchmark(task)
+    else:
+        whole = read_labelled(task, **_own_columns(task))
     if test is not None:
-        return whole, read_labelled(test)
+        columns = _own_columns(test) | {"split": None}
+        return whole, read_labelled(test, classes=whole.classes, **columns)
     marks = np.asarray(whole.split if whole.split is not None else ())
     if "test" not in marks:
         raise DataError(f"{task}: has no column `split` with rows `test`; give the test part with --test")
     return whole.subset(marks != "test"), whole.subset(marks == "test")
+
+
+def _own_columns(path: Path) -> dict[str, str | None]:
+    """The columns `group` and `split`, where a table has them; what cannot be read is told by the reader."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start == b"PAR1":
+            import pyarrow.parquet as pq
+
+            names = list(pq.read_schema(path).names)
+        else:
+            opened = gzip.open if start[:2] == b"\x1f\x8b" else open
+            with opened(path, "rt", encoding="utf-8") as text:
+                header = next((line for line in text if line.strip()), "")
+            names = [] if header.startswith(">") else re.split("[,\t]", header.strip().lower())
+    except (OSError, EOFError, ValueError, zlib.error):
+        names = []
+    return {name: name if name in names else None for name in ("group", "split")}
 
 
 def _fresh(loaded: Any) -> Any:
