@@ -139,6 +139,27 @@ def test_first_and_second_gradients(kind: str, transposed: bool) -> None:
     assert gradcheck(lambda weight: conv(x.detach(), weight), (weight,), fast_mode=True)
 
 
+def test_large_and_small_paths_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large inputs are summed offset by offset and gathered in parts: the same values and gradients."""
+    from stillhouse.core.sparse import functional
+
+    coords = CoordinateSet(random_cells(400))
+    for kernel_map in (coords.submanifold(), coords.coarser()[1], coords.coarser(2, 3)[1]):
+        results = []
+        for limit in (2**30, 0):
+            monkeypatch.setattr(functional, "_AT_ONCE", limit)
+            monkeypatch.setattr(functional, "_MAPPED", limit)
+            torch.manual_seed(0)
+            x = torch.randn(len(coords), 3, dtype=torch.float64, requires_grad=True)
+            weight = torch.randn(kernel_map.size, 3, 5, dtype=torch.float64, requires_grad=True)
+            y = sparse_conv(x, weight, kernel_map)
+            up = sparse_conv(y, weight.mT, kernel_map, transposed=True)
+            half = sparse_conv(x.bfloat16(), weight.bfloat16(), kernel_map).double()
+            results.append((y, up, half, *torch.autograd.grad((y.sin().sum() + up.cos().sum()), (x, weight))))
+        for small, large in zip(*results, strict=True):
+            torch.testing.assert_close(small, large, atol=0.1 if small is results[0][2] else 1e-9, rtol=1e-9)
+
+
 def brute_force(cells: Tensor, x: Tensor, weight: Tensor, kernel: int) -> Tensor:
     """Cell by cell through a dictionary."""
     places = {tuple(cell): i for i, cell in enumerate(cells.tolist())}

@@ -6,12 +6,18 @@ Sums of half-precision rows run in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernel_map import Bags, KernelMap
+
+_AT_ONCE = 2**20  # bytes of gathered rows that are worth one allocation
+_MAPPED = (
+    24 * 2**20
+)  # bytes above which the C library maps fresh pages for every tensor, which then cost the most
 
 
 def _sum(rows: Tensor, bags: Bags) -> Tensor:
@@ -67,35 +73,66 @@ def sum_rows(rows: Tensor, index: Tensor, bags: Bags) -> Tensor:
     return _Sum.apply(rows, index, bags)
 
 
-def _product(rows: Tensor, gathered: Tensor, weight: Tensor, kernel_map: KernelMap, bags: Bags) -> Tensor:
-    """Rows times the weight of each pair's offset, summed by bag: `weight` [K, C, D]."""
+def _gathered(rows: Tensor, index: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """`rows[index]` in parts of `counts` rows: all at once if that is small, else through one small buffer.
+
+    A part is valid until the next one is taken. Fresh memory for all pairs would cost more than the products.
+    """
+    if len(index) * rows.shape[1] * rows.element_size() <= _AT_ONCE:
+        yield from rows.index_select(0, index).split(counts)
+        return
+    buffer = rows.new_empty(max(counts), rows.shape[1])
+    for part in index.split(counts):
+        yield torch.index_select(rows, 0, part, out=buffer[: len(part)])
+
+
+def _ends(kernel_map: KernelMap, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Where the pairs come from and where they go."""
+    ends = kernel_map.inputs, kernel_map.outputs
+    return ends[::-1] if transposed else ends
+
+
+def _product(x: Tensor, weight: Tensor, kernel_map: KernelMap, transposed: bool) -> Tensor:
+    """The convolution: `x` [N, C], `weight` [K, C, D] → [M, D]."""
+    source, target = _ends(kernel_map, transposed)
     pairs, centre = kernel_map.pairs, kernel_map.centre
-    extra = 0 if centre is None else len(rows)
-    products = gathered.new_empty(pairs + extra, weight.shape[2])
     weights = weight.unbind(0)
     counts = [count for _, count in kernel_map.segments]
-    parts = zip(kernel_map.segments, gathered.split(counts), products[:pairs].split(counts), strict=True)
-    for (k, count), part, out in parts:
-        if count:
+    parts = zip(kernel_map.segments, _gathered(x, source, counts), target.split(counts), strict=True)
+    total = pairs + (0 if centre is None else len(x))
+    if x.device.type == "cpu" and total * weight.shape[2] * x.element_size() > _MAPPED:
+        # the same sums offset by offset: `index_add_` on the CPU keeps the order of the pairs
+        n = kernel_map.n_inputs if transposed else kernel_map.n_outputs
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = (
+            x.new_zeros(n, weight.shape[2], dtype=dtype)
+            if centre is None
+            else (x @ weights[centre]).to(dtype)
+        )
+        for (k, _), part, place in parts:
+            y.index_add_(0, place, (part @ weights[k]).to(dtype))
+        return y.to(x.dtype)
+    products = x.new_empty(total, weight.shape[2])
+    for ((k, _), part, _), out in zip(parts, products[:pairs].split(counts), strict=True):
+        if len(part):
             torch.mm(part, weights[k], out=out)
     if centre is not None:
-        torch.mm(rows, weights[centre], out=products[pairs:])
-    return _sum(products, bags)
+        torch.mm(x, weights[centre], out=products[pairs:])
+    return _sum(products, kernel_map.in_bags() if transposed else kernel_map.out_bags())
 
 
-def _outer(
-    rows: Tensor, gathered: Tensor, grads: Tensor, gathered_grads: Tensor, kernel_map: KernelMap
-) -> Tensor:
-    """Σ over the pairs of each offset of rowᵀ · gradient: [K, C, D]."""
-    weight = rows.new_zeros(kernel_map.size, rows.shape[1], grads.shape[1])
+def _outer(x: Tensor, dy: Tensor, kernel_map: KernelMap, transposed: bool) -> Tensor:
+    """Gradient of the weight: Σ over the pairs of each offset of xᵀ · dy, [K, C, D]."""
+    source, target = _ends(kernel_map, transposed)
+    weight = x.new_zeros(kernel_map.size, x.shape[1], dy.shape[1])
     slots = weight.unbind(0)
     counts = [count for _, count in kernel_map.segments]
-    parts = zip(kernel_map.segments, gathered.split(counts), gathered_grads.split(counts), strict=True)
-    for (k, count), part, grad in parts:
-        if count:
+    parts = zip(kernel_map.segments, _gathered(x, source, counts), _gathered(dy, target, counts), strict=True)
+    for (k, _), part, grad in parts:
+        if len(part):
             torch.mm(part.mT, grad, out=slots[k])
     if kernel_map.centre is not None:
-        torch.mm(rows.mT, grads, out=slots[kernel_map.centre])
+        torch.mm(x.mT, dy, out=slots[kernel_map.centre])
     return weight
 
 
@@ -104,30 +141,16 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, kernel_map: KernelMap, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.map, ctx.transposed = kernel_map, transposed
-        source = kernel_map.outputs if transposed else kernel_map.inputs
-        bags = kernel_map.in_bags() if transposed else kernel_map.out_bags()
-        return _product(x, x.index_select(0, source), weight, kernel_map, bags)
+        return _product(x, weight, kernel_map, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         kernel_map, transposed, dy = ctx.map, ctx.transposed, grads[0].contiguous()
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # under create_graph: the same sums through differentiable functions
-            dx = _Convolution.apply(dy, weight.mT, kernel_map, not transposed) if needs_x else None
-            dw = _WeightGradient.apply(x, dy, kernel_map, transposed) if needs_weight else None
-            return dx, dw, None, None
-        source, target = kernel_map.inputs, kernel_map.outputs
-        bags = kernel_map.out_bags() if transposed else kernel_map.in_bags() if needs_x else None
-        if transposed:
-            source, target = target, source
-        gathered_dy = dy.index_select(0, target)
-        dx = dw = None
-        if needs_x:
-            assert bags is not None
-            dx = _product(dy, gathered_dy, weight.mT, kernel_map, bags)
-        if needs_weight:
-            dw = _outer(x, x.index_select(0, source), dy, gathered_dy, kernel_map)
+        # `apply` alone builds a graph under create_graph; without one it costs nothing
+        dx = _Convolution.apply(dy, weight.mT, kernel_map, not transposed) if needs_x else None
+        dw = _WeightGradient.apply(x, dy, kernel_map, transposed) if needs_weight else None
         return dx, dw, None, None
 
 
@@ -136,10 +159,7 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dy: Tensor, kernel_map: KernelMap, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, dy)
         ctx.map, ctx.transposed = kernel_map, transposed
-        source, target = kernel_map.inputs, kernel_map.outputs
-        if transposed:
-            source, target = target, source
-        return _outer(x, x.index_select(0, source), dy, dy.index_select(0, target), kernel_map)
+        return _outer(x, dy, kernel_map, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
