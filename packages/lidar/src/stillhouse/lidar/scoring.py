@@ -169,7 +169,7 @@ def parameters(*networks: nn.Module) -> int:
     return sum(p.numel() for network in networks for p in network.parameters())
 
 
-def test_pairs(
+def scene_pairs(
     config: LidarConfig, sources: Sequence[ScanSource], *, scans: int | None = None
 ) -> list[tuple[str, Pair]]:
     """Thinned sweeps with their ground truth, (name of the drive, pair), spread over each drive."""
@@ -200,7 +200,7 @@ def score(
 
     Args:
         contenders: who; their networks on `device` and in evaluation mode.
-        pairs: (drive, pair) as `test_pairs` has them.
+        pairs: (drive, pair) as `scene_pairs` has them.
         config: `data.max_range` and `evaluate` are used.
         seed: of the starting noise, the same for all contenders.
         device: where the networks are.
