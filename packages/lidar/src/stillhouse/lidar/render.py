@@ -54,23 +54,40 @@ class Camera:
             raise ValueError(f"width and height are {self.width} and {self.height}; allowed: 16 to 8192")
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Project points [N, 3] to columns and rows [N] (pixels, not clipped) and depth [N] (small is near)."""
+        """Project points [N, 3] to columns and rows [N], pixels, and depth [N]; small is near, nothing is cut."""
         x, y, z = (points[:, i].astype(np.float64) for i in range(3))
         if self.view == "above":
-            scale = min(self.width, self.height) / (2 * self.extent)
-            return self.width / 2 - y * scale, self.height / 2 - x * scale, -z
+            return self.width / 2 - y * self.scale, self.height / 2 - x * self.scale, -z
         yaw, pitch = math.radians(self.azimuth), math.radians(self.elevation)
         ahead = x * math.cos(yaw) + y * math.sin(yaw)
         left = -x * math.sin(yaw) + y * math.cos(yaw)
-        distance = 1.5 * self.extent
+        distance = self.distance
         above = z + 1.7  # the ground lies about that far below the sensor
         depth = distance + ahead * math.cos(pitch) - above * math.sin(pitch)
         up = above * math.cos(pitch) + ahead * math.sin(pitch)
         depth_safe = np.maximum(depth, 0.1)
-        focal = 1.15 * self.width * distance / (2 * self.extent)
+        focal = self.scale * distance
         column = self.width / 2 - focal * left / depth_safe
         row = self.height * 0.52 - focal * up / depth_safe
         return np.where(depth > 0.5, column, -1e9), row, depth
+
+    @property
+    def distance(self) -> float:
+        """Metres from the camera of the oblique view to the point it looks at."""
+        return 2.0 * self.extent
+
+    @property
+    def scale(self) -> float:
+        """Pixels of a metre: anywhere from above, at the point looked at obliquely."""
+        if self.view == "above":
+            return min(self.width, self.height) / (2 * self.extent)
+        return 1.1 * self.width / (2 * self.extent)
+
+    def magnification(self, depth: np.ndarray) -> np.ndarray:
+        """Pixels of a metre at depths [N] as `project` gives them."""
+        if self.view == "above":
+            return np.full(len(depth), self.scale)
+        return self.scale * self.distance / np.maximum(depth, 0.1)
 
 
 def height_colours(z: np.ndarray, *, low: float = -2.0, high: float = 4.0) -> np.ndarray:
@@ -98,7 +115,8 @@ def render(
         points: float [N, 3], metres, in the frame of the sensor.
         camera: where from; the default looks from above.
         colours: uint8 [N, 3]; height where None.
-        size: side of a point, pixels; from the number of points where None.
+        size: side of every point, pixels. None: each point is as wide as the gap to its neighbours, within
+            5 and 30 cm, so that what is sampled densely looks closed and what is sparse stays visible.
 
     Returns:
         uint8 [height, width, 3].
@@ -115,31 +133,14 @@ def render(
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"points must be [N, 3], got {list(points.shape)}")
     camera = camera or Camera()
-    if size is None:
-        size = 1 if len(points) > 400_000 else 2 if len(points) > 8_000 else 3
     shades = height_colours(points[:, 2]) if colours is None else np.asarray(colours, dtype=np.uint8)
+    if shades.shape != (len(points), 3):
+        raise ValueError(f"colours must be [{len(points)}, 3], got {list(shades.shape)}")
     column, row, depth = camera.project(points)
-    buffer = np.full(camera.height * camera.width, np.inf)
-    owner = np.full(camera.height * camera.width, -1, dtype=np.int64)
-    inside = (np.abs(column) < 1e8) & np.isfinite(row)
-    base_c = np.floor(np.where(inside, column, -1)).astype(np.int64)
-    base_r = np.floor(np.where(inside, np.clip(row, -1e6, 1e6), -1)).astype(np.int64)
-    far_first = np.argsort(
-        -depth, kind="stable"
-    )  # what is drawn last is nearest, so assignment is the buffer
-    for dc in range(size):
-        for dr in range(size):
-            c, r = base_c + dc - size // 2, base_r + dr - size // 2
-            order = far_first[
-                (inside & (c >= 0) & (c < camera.width) & (r >= 0) & (r < camera.height))[far_first]
-            ]
-            pixel = r[order] * camera.width + c[order]
-            last = np.full(camera.height * camera.width, -1, dtype=np.int64)
-            last[pixel] = order
-            hit = last >= 0
-            nearer = hit & (depth[np.maximum(last, 0)] < buffer)
-            buffer[nearer] = depth[last[nearer]]
-            owner[nearer] = last[nearer]
+    seen_by = (np.abs(column) < 1e8) & np.isfinite(row) & np.isfinite(depth)
+    points, shades, column, row, depth = (v[seen_by] for v in (points, shades, column, row, depth))
+    sides = np.full(len(points), size) if size is not None else _sides(points, camera.magnification(depth))
+    owner, buffer = _paint(camera, column, row, depth, sides)
     picture = np.empty((camera.height * camera.width, 3), dtype=np.uint8)
     picture[:] = BACKGROUND
     seen = owner >= 0
@@ -150,6 +151,44 @@ def render(
         shade = shade * (1 - fade) + np.array(BACKGROUND) * fade
     picture[seen] = shade.astype(np.uint8)
     return picture.reshape(camera.height, camera.width, 3)
+
+
+def _sides(points: np.ndarray, magnification: np.ndarray) -> np.ndarray:
+    """Sides in pixels, int [N], of points as wide as the gap to their neighbours."""
+    if len(points) < 4:
+        return np.full(len(points), 4)
+    from scipy.spatial import cKDTree
+
+    gaps = cKDTree(points).query(points, k=4)[0][:, 1:].mean(axis=1)
+    metres = np.clip(1.2 * gaps, 0.05, 0.3)
+    return np.clip(np.ceil(metres * magnification), 1, 16).astype(np.int64)
+
+
+def _paint(
+    camera: Camera, column: np.ndarray, row: np.ndarray, depth: np.ndarray, sides: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which point each pixel shows, int [H·W], −1 for none; and its depth."""
+    buffer = np.full(camera.height * camera.width, np.inf)
+    owner = np.full(camera.height * camera.width, -1, dtype=np.int64)
+    left = np.floor(column - sides / 2 + 0.5).astype(np.int64)
+    top = np.floor(np.clip(row, -1e6, 1e6) - sides / 2 + 0.5).astype(np.int64)
+    far_first = np.argsort(-depth, kind="stable")  # what is drawn last is nearest: assignment is the buffer
+    for dc in range(int(sides.max(initial=0))):
+        for dr in range(int(sides.max(initial=0))):
+            c, r = left + dc, top + dr
+            drawn = (c >= 0) & (c < camera.width) & (r >= 0) & (r < camera.height)
+            drawn &= (dc < sides) & (dr < sides)
+            order = far_first[drawn[far_first]]
+            if not len(order):
+                continue
+            pixel = r[order] * camera.width + c[order]
+            last = np.full(len(owner), -1, dtype=np.int64)
+            last[pixel] = order
+            hit = np.flatnonzero(last >= 0)
+            hit = hit[depth[last[hit]] < buffer[hit]]
+            buffer[hit] = depth[last[hit]]
+            owner[hit] = last[hit]
+    return owner, buffer
 
 
 def views(points: np.ndarray, *, extent: float = 25.0, width: int = 720) -> dict[View, np.ndarray]:

@@ -100,12 +100,12 @@ def _best(rows: Sequence[RowResult]) -> str:
     nearest, flattest = best_row(rows, "chamfer"), best_row(rows, "jsd_bev")
     if nearest is None:
         return ""
-    text = f"the lowest Chamfer distance is that of {nearest.name}, {score(nearest, 'chamfer'):.3f} m"
+    text = f"the lowest Chamfer distance is that of “{nearest.name}”, {score(nearest, 'chamfer'):.3f} m"
     if flattest is None:
         return text + "."
     if flattest is nearest:
         return text + f", which has the lowest JSD-BEV as well, {score(flattest, 'jsd_bev'):.3f}."
-    return text + f"; the lowest JSD-BEV that of {flattest.name}, {score(flattest, 'jsd_bev'):.3f}."
+    return text + f"; the lowest JSD-BEV that of “{flattest.name}”, {score(flattest, 'jsd_bev'):.3f}."
 
 
 def teacher_of(rows: Sequence[RowResult]) -> RowResult | None:
@@ -127,14 +127,16 @@ def _against_teacher(rows: Sequence[RowResult]) -> str:
         return ""
     winners = [row for row in students if beats(row, teacher)]
     if not winners:
-        return f"No student of at most {FEW} steps beats {teacher.name} in both Chamfer distance and JSD-BEV."
+        return (
+            f"No student of at most {FEW} steps beats “{teacher.name}” in both Chamfer distance and JSD-BEV."
+        )
     fastest = min(winners, key=lambda row: row.seconds)
     text = (
-        f"{len(winners)} of {len(students)} rows of students with at most {FEW} steps beat {teacher.name} in "
-        f"both Chamfer distance and JSD-BEV; the fastest of them is {fastest.name}"
+        f"{len(winners)} of {len(students)} rows of students with at most {FEW} steps beat “{teacher.name}” "
+        f"in both Chamfer distance and JSD-BEV; the fastest of them is “{fastest.name}”"
     )
     speed = estimate(fastest.speedup)
-    return text + (f", {speed:.1f} times as fast." if speed is not None else ".")
+    return text + (f", {speed:.3g} times as fast." if speed is not None else ".")
 
 
 def _few(row: RowResult) -> bool:
@@ -149,12 +151,12 @@ def _against_baseline(rows: Sequence[RowResult]) -> str:
     students = [row for row in rows if row.family != "teacher" and not row.undistilled]
     winners = [row for row in students if beats(row, baseline) and row.seconds <= 1.1 * baseline.seconds]
     if winners:
-        return f"{winners[0].name} beats {baseline.name} in both within a tenth of its time."
+        return f"“{winners[0].name}” beats “{baseline.name}” in both within a tenth of its time."
     slower = [row for row in students if beats(row, baseline)]
     if slower:
         first = min(slower, key=lambda row: row.seconds)
-        return f"Better than {baseline.name} in both is {first.name}, in more time."
-    return f"No student beats {baseline.name} in both."
+        return f"Better than “{baseline.name}” in both is “{first.name}”, in more time."
+    return f"No student beats “{baseline.name}” in both."
 
 
 def _facts(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
@@ -173,6 +175,6 @@ def _facts(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
         facts.append((f"{theirs:.3f} m", f"of {teacher.name}"))
     speed = estimate(shown.speedup)
     if speed is not None:
-        facts.append((f"{speed:.1f} ×", "as fast as that teacher"))
-    facts.append((f"{shown.seconds:.2g} s", "a scene"))
+        facts.append((f"{speed:.3g} ×", "as fast as that teacher"))
+    facts.append((f"{shown.seconds:.3g} s", "a scene"))
     return facts[:4]

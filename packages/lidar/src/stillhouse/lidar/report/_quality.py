@@ -31,8 +31,8 @@ def add_pictures(report: Report, results: LidarResults, folder: Path) -> None:
             section.images(
                 [[(folder / name, caption, "") for caption, name in there]],
                 caption=f"{group.scene}. {_VIEWS.get(group.view, group.view)}",
-                max_side=560,
-                size=270,
+                max_side=520,
+                size=248,
             )
     if missing:
         section.text(f"{missing} pictures are left out: their files are no longer in the run’s folder.")
@@ -45,11 +45,13 @@ def add_tables(report: Report, results: LidarResults) -> None:
         if not rows:
             continue
         metrics = metrics_of(rows)
-        _scores(section, results, name, rows, [m for m in metrics if m not in FURTHER])
-        _costs(section, results, name, rows)
+        overlap = [m for m in metrics if m.startswith("iou_")]
         further = [m for m in metrics if m in FURTHER]
-        if further:
-            _scores(section, results, name, rows, further)
+        _scores(section, results, name, rows, [m for m in metrics if m not in (*overlap, *further)])
+        _costs(section, results, name, rows)
+        for group in (overlap, further):
+            if group:
+                _scores(section, results, name, rows, group)
         notes = [f"- **{row.name}**: {row.note}" for row in rows if row.note]
         if notes:
             section.text("\n".join(notes))

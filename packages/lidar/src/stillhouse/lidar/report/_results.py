@@ -77,6 +77,9 @@ class PictureGroup:
     view: str
     tiles: Sequence[tuple[str, str]]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiles", tuple((caption, path) for caption, path in self.tiles))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LidarResults:
@@ -135,6 +138,11 @@ class LidarResults:
     def __post_init__(self) -> None:
         if self.convention not in ("correct", "reference"):
             raise ValueError(f"convention is {self.convention!r}; allowed: 'correct', 'reference'")
+        for name in ("pictures", "preference", "poses", "notes", "seeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists alone
+        for name in ("tables", "scans"):
+            value = {key: tuple(rows) for key, rows in getattr(self, name).items()}
+            object.__setattr__(self, name, value)
         if not any(self.tables.values()):
             raise ValueError("tables holds no row; give at least one")
         for name, rows in self.tables.items():
@@ -195,10 +203,7 @@ def load_results(folder: str | os.PathLike[str]) -> LidarResults:
         if strange:
             raise ValueError(f"it has the unknown entry {strange[0]!r}")
         table["tables"] = {name: [RowResult(**row) for row in rows] for name, rows in table["tables"].items()}
-        table["pictures"] = [
-            PictureGroup(scene=group["scene"], view=group["view"], tiles=[(a, b) for a, b in group["tiles"]])
-            for group in table.get("pictures", [])
-        ]
+        table["pictures"] = [PictureGroup(**group) for group in table.get("pictures", [])]
         return LidarResults(**table)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); run `evaluate` again") from error
