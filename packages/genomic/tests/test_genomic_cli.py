@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ from stillhouse.genomic.tokenizers import CharacterTokenizer
 VERBS = ("pretrain", "finetune", "evaluate", "embed", "score-variants", "report", "tasks", "simulate", "demo")
 HEADER = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
 GENE = "ACGTTGCATGCCGATTACGGATCCTAGCTAGGCTTAACGGTACCATTGACCATGCGTACGATCGGATATCCGA"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

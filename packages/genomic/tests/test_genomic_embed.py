@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ from stillhouse.genomic.heads import other_strand
 from stillhouse.genomic.student import Encoder, StudentConfig, build_student
 from stillhouse.genomic.teacher import KmerTeacher, KmerTransformer, KmerTransformerConfig
 from stillhouse.genomic.tokenizers import CharacterTokenizer, KmerTokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from stillhouse.genomic.tokenizers import CharacterTokenizer
 
 QUICK = FinetuneConfig(epochs=4, batch=16, lr=5e-3, seeds=1, accelerator="cpu")
 CONFIG = StudentConfig(kind="cnn", width=16, conv_layers=1, attention_heads=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

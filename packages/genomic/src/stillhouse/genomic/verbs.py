@@ -244,7 +244,7 @@ def _add_embed(app: typer.Typer) -> None:
                     bed=bed,
                     length=length,
                     overlap=overlap,
-                    pool=pool,
+                    pool=pool,  # type: ignore[arg-type]  # checked above
                     batch=batch,
                     conjoin=conjoin,
                     device=str(run.torch_device()),

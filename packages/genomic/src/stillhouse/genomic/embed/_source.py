@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -77,15 +78,15 @@ def pieces_of(
     from ..data import Fasta, read_bed, read_fasta
 
     if bed is None:
-        for record in read_fasta(fasta):
+        for record in read_fasta(Path(fasta)):
             if not len(record.sequence):
                 raise DataError(f"{fasta}: the record {record.name!r} is empty; take it out")
             for start, end in tiles_of(len(record.sequence), length, overlap):
                 yield Piece(record.name, "", start, end, "+", record.sequence[start:end])
         return
-    source = Fasta(fasta)
+    source = Fasta(Path(fasta))
     lengths = {name: source.length(name) for name in source.names}
-    for interval in read_bed(bed, lengths):
+    for interval in read_bed(Path(bed), lengths):
         for start, end in tiles_of(interval.end - interval.start, length, overlap):
             low, high = interval.start + start, interval.start + end
             if interval.strand == "-":  # tiles count from the 5' end of the strand that is read

@@ -32,9 +32,20 @@ _COMPLEMENT = dict(zip("ACGT", "TGCA", strict=True))
 class MaskedModel(Protocol):
     """What scores: a student's encoder, the decoder of its pre-training and its tokenizer (`Loaded`)."""
 
-    encoder: nn.Module
-    decoder: nn.Module | None
-    tokenizer: Any
+    @property
+    def encoder(self) -> nn.Module:
+        """ids int64 [B, L], `attend=` bool [B, L] → [B, L, d]."""
+        ...
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        """features [B, L, d], visible, queries bool [B, L] → logits [B, L, 4]."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """`CharacterTokenizer`."""
+        ...
 
 
 class Reference(Protocol):
@@ -270,7 +281,7 @@ def _reference(fasta: str | os.PathLike[str] | Reference) -> Reference:
         return fasta
     from ..data import Fasta
 
-    found: Reference = Fasta(fasta)
+    found: Reference = Fasta(Path(fasta))
     return found
 
 
