@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._shape import guarded, like, per_sample
 from .schedules import NoiseSchedule
@@ -113,7 +115,8 @@ def freeflow_target(
         velocity: the teacher, `v(x, t [B])` → `[B, *S]`, noise-ward.
         z: noise `[B, *S]`.
         d: travelled time in [0, 1], `[B]` or a number.
-        delta: half step of a central difference in d; None differentiates by `torch.func.jvp`.
+        delta: half step of a central difference in d; None differentiates forwards
+            (exactly; every operation of the student needs a forward derivative).
 
     Returns:
         (F with its graph, target without one).
@@ -122,8 +125,7 @@ def freeflow_target(
     live = average(z, d)
     with torch.no_grad():
         if delta is None:
-            # jvp switches gradients on inside; the result is detached below
-            _, slope, *_ = torch.func.jvp(lambda at: average(z, at), (d,), (torch.ones_like(d),))
+            _, slope = _jvp(lambda at: average(z, at), (d,), (torch.ones_like(d),))
         else:
             slope = (average(z, d + delta) - average(z, d - delta)) / (2 * delta)
         span = like(d, z)
@@ -156,7 +158,7 @@ def scm_tangent(
         sigma_data: σ_d.
         warmup: r in [0, 1]; only with r = 1 is g the tangent.
         normalise: c of g ← g/(‖g‖ + c) with the norm of each sample; TBCM uses 0.1. None leaves g as it is.
-        delta: half step of a central difference; None uses `torch.func.jvp`.
+        delta: half step of a central difference; None differentiates forwards.
 
     Returns:
         (F⁻ without a graph, g without a graph); the loss is ‖F − F⁻ − g‖².
@@ -170,7 +172,7 @@ def scm_tangent(
     moving = t.cos() * t.sin()
     with torch.no_grad():
         if delta is None:
-            still, slope, *_ = torch.func.jvp(network, (x.double(), t), (direction.double(), moving))
+            still, slope = _jvp(network, (x.double(), t), (direction.double(), moving))
         else:
             still = network(x, t)
             ahead = network(x + delta * direction, t + delta * moving)
@@ -183,3 +185,15 @@ def scm_tangent(
             norm = g.flatten(1).norm(dim=1)
             g = g / like(norm + normalise, g)
     return still.to(x_t.dtype), g.to(x_t.dtype)
+
+
+def _jvp(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """(value, directional derivative) by forward differentiation."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        # torch compiles its own formulas with what it has deprecated, on the first use
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
+        pairs = [forward_ad.make_dual(x.clone(), v.clone()) for x, v in zip(inputs, tangents, strict=True)]
+        value, slope = forward_ad.unpack_dual(function(*pairs))
+        return value, torch.zeros_like(value) if slope is None else slope

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import sqrtm
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
@@ -106,8 +105,9 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     a, b = _pair(x, y, least=2)
     first, second = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
     # tr (ΣΣ′)^½ = Σ √eigenvalues of Σ^½·Σ′·Σ^½, which is symmetric, so that rounding gives nothing complex
-    root = np.real(sqrtm(first)) if first.size > 1 else np.sqrt(first)
-    values = np.linalg.eigvalsh(root @ second @ root.T)
+    spread, axes = np.linalg.eigh(first)
+    root = (axes * np.sqrt(np.clip(spread, 0, None))) @ axes.T
+    values = np.linalg.eigvalsh(root @ second @ root)
     trace = np.sqrt(np.clip(values, 0, None)).sum()
     gap = a.mean(0) - b.mean(0)
     return float(max(gap @ gap + np.trace(first) + np.trace(second) - 2 * trace, 0.0))

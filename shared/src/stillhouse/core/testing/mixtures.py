@@ -124,7 +124,7 @@ class GaussianMixture:
     def _responsibilities(
         self, x_t: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """P(component | x_t) `[B, K]`, x_t − α·μ_k `[B, K, D]`, variances of the noised components `[B, K]`."""
+        """P(k | x_t) `[B, K]`, x_t − α·μ_k `[B, K, D]`, variances of the noised components `[B, K]`."""
         a, s = alpha[:, None], sigma[:, None]
         spreads = (a * self.stds).square() + s.square()
         gap = x_t.double()[:, None] - a[..., None] * self.means
