@@ -226,7 +226,7 @@ def evaluate(artifact: Path, data: Path | None, config: GenomicConfig, run: Run)
 
     Args:
         artifact: the student's folder, or a run's.
-        data: labelled sequences with a column `split` (CSV, TSV, Parquet); None takes the tasks of the run
+        data: labelled sequences with columns `group` and `split` (CSV, TSV, Parquet), as `tasks` writes them; None takes the tasks of the run
             that made the student, cut from the genomes that `config` names.
         config: says where the genomes are when `data` is None.
         run: where `evaluation.json` goes.
@@ -461,7 +461,7 @@ def config_of(folder: Path) -> GenomicConfig:
 def _labelled_task(path: Path, config: GenomicConfig) -> ProbeTask:
     from .data import read_labelled
 
-    items = read_labelled(path)
+    items = read_labelled(path, group="group", split="split")
     parts = set(items.split or ())
     if not {"train", "test"} <= parts:
         raise DataError(

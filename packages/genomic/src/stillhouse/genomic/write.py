@@ -67,6 +67,7 @@ def build_tasks(
         evaluate=EvaluateConfig(
             tasks=tuple(names) or every,  # type: ignore[arg-type]
             length=length,
+            site_length=length,
             decoys=decoys,  # type: ignore[arg-type]
             limit=limit,
         ),
