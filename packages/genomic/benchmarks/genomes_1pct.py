@@ -57,10 +57,10 @@ DISTILL: dict[str, dict[str, Any]] = {
     SHUFFLED: {"teacher": "shuffled"},
 }
 KIND = {CNN: "cnn", TRANSFORMER: "transformer"}
-HERE = Path(__file__).parent
+HERE, NONE = Path(__file__).parent, "-"
 FILES = {
     "fasta": ("celegans_1pct.fa", "athaliana_1pct.fa", "corynebacterium_NCTC11397.fna.gz"),
-    "annotation": ("celegans_1pct.gff3", "athaliana_1pct.gff3", ""),
+    "annotation": ("celegans_1pct.gff3", "athaliana_1pct.gff3", NONE),
 }
 RESAMPLES = 2000
 MADE_BY = """Made by
@@ -94,7 +94,7 @@ def main() -> None:
         parser.error("--data is required to train")
     torch.set_num_threads(1)
     files = [
-        f"data.{key}={json.dumps([str(given.data / name) if name else '' for name in names])}"
+        f"data.{key}={json.dumps([name if name == NONE else str(given.data / name) for name in names])}"
         for key, names in FILES.items()
     ]
     config = load_config(

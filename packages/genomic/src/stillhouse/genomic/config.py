@@ -65,7 +65,7 @@ class DataConfig:
 
     Attributes:
         fasta: genomes, plain, gz or bgzf; none: a simulated genome.
-        annotation: GFF3 (or "") of each genome, in their order; probes are cut from them. None: no probes.
+        annotation: GFF3 of each genome, or "-" where it has none, in their order; probes are cut from them.
         names: a name for each genome; none: that of its file.
         bed: intervals to pre-train on, instead of everything that is not held out.
         length: characters of a pre-training window, bp (1,024 in the lineage's short recipe).

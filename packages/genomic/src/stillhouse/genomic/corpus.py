@@ -155,7 +155,7 @@ def read_corpus(config: GenomicConfig) -> Corpus:
     source: Fasta | tuple[Genome, ...]
     if not data.fasta:
         source = simulated(data)
-    elif len(data.fasta) == 1 and not any(data.annotation) and not _in_memory(Path(data.fasta[0])):
+    elif len(data.fasta) == 1 and set(data.annotation) <= {"-"} and not _in_memory(Path(data.fasta[0])):
         source = Fasta(data.fasta[0])
     else:
         source = _read_all(data)
@@ -215,10 +215,10 @@ def _in_memory(path: Path) -> bool:
 
 
 def _read_all(data: DataConfig) -> tuple[Genome, ...]:
-    annotation = data.annotation or ("",) * len(data.fasta)
+    annotation = data.annotation or ("-",) * len(data.fasta)
     names = data.names or (None,) * len(data.fasta)
     found = tuple(
-        read_genome(fasta, given or None, name)
+        read_genome(fasta, None if given == "-" else given, name)
         for fasta, given, name in zip(data.fasta, annotation, names, strict=True)
     )
     if len({genome.name for genome in found}) != len(found):
