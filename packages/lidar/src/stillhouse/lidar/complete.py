@@ -183,12 +183,16 @@ class Completer:
         """
         begun = time.perf_counter()
         partial = torch.from_numpy(self.prepare(scan))
-        points, evaluations = self.complete(
-            partial[None],
-            steps=steps,
-            guidance=guidance,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        self.check(steps=steps, guidance=guidance)
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            points, evaluations = self.complete(
+                partial[None], steps=steps, guidance=guidance, generator=generator
+            )
+        except ValueError as error:  # points that no voxel holds
+            raise DataError(
+                f"{scan.name}: the student diverged ({error}); try other steps or guidance"
+            ) from error
         cloud = points[0].cpu()
         if not torch.isfinite(cloud).all():
             raise DataError(f"{scan.name}: the student diverged and gave NaN; try other steps or guidance")

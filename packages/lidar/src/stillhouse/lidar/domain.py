@@ -22,7 +22,7 @@ DOMAIN = Domain(
     evaluate="stillhouse.lidar.run:evaluate",
     report="stillhouse.lidar.run:report",
     export="stillhouse.lidar.run:export",
-    formats=("torch",),
+    formats=("artifact",),
     distribution="stillhouse-lidar",
     doctor=tuple(
         system_library(name, soname=soname, apt=package, required=package != "libgomp1")

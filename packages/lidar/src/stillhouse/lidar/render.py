@@ -54,7 +54,7 @@ class Camera:
             raise ValueError(f"width and height are {self.width} and {self.height}; allowed: 16 to 8192")
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Project points [N, 3] to columns and rows [N], pixels, and depth [N]; small is near, nothing is cut."""
+        """Project points [N, 3] to columns and rows [N], pixels, and depth [N]; small is near."""
         x, y, z = (points[:, i].astype(np.float64) for i in range(3))
         if self.view == "above":
             return self.width / 2 - y * self.scale, self.height / 2 - x * self.scale, -z

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from stillhouse.core.artifact import Artifact
-from stillhouse.core.errors import DataError
+from stillhouse.core.errors import ConfigError, DataError
 
 from .networks import NetworkConfig
 from .pairs import PairConfig
@@ -134,7 +136,7 @@ class CompleterSettings:
             "single": (SinglePassNet, self.single),
             "refine": (RefineNet, self.refine),
         }
-        return {role: makers[role][0](makers[role][1]) for role in self.roles}  # type: ignore[arg-type]
+        return {role: makers[role][0](makers[role][1]) for role in self.roles}
 
 
 def save_completer(
@@ -217,6 +219,57 @@ def load_completer(source: str | os.PathLike[str] | Artifact, device: str = "cpu
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: does not describe the weights beside it ({reason}); train again") from error
     return Completer(networks, settings, device=device, artifact=artifact)
+
+
+FORMATS = ("artifact",)
+"""What `export_completer` writes. `torch.export` refuses a completer: which voxels are occupied, and so every
+shape, follows from the values of the points."""
+
+
+def export_completer(completer: Completer, format: str, out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Copy a student's artefact, verified: safetensors and JSON, which `load_completer` reads anywhere.
+
+    Args:
+        completer: a loaded artefact.
+        format: "artifact", see `FORMATS`.
+        out: folder to make; must not exist or be empty.
+
+    Returns:
+        JSON-able: `format`, `folder`, `digest`, `files` (name → bytes) and a `note`.
+
+    Raises:
+        ConfigError: another format.
+        DataError: the folder is not empty, or cannot be written.
+        ValueError: the completer came from no artefact.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format}: allowed are {', '.join(FORMATS)}")
+    if completer.artifact is None:
+        raise ValueError("completer was not loaded from an artefact; save it with save_completer first")
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target}: exists and is not empty; give another folder")
+    if target.resolve().is_relative_to(completer.artifact.folder.resolve()):
+        raise DataError(f"{target}: lies inside the artefact; give another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"{target}: cannot be made ({error.strerror}); give another folder") from error
+    try:
+        copied = Artifact.load(shutil.copytree(completer.artifact.folder, work / "copy"))
+        if target.exists():
+            target.rmdir()
+        os.replace(work / "copy", target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {
+        "format": format,
+        "folder": str(target),
+        "digest": copied.digest,
+        "files": copied.sizes,
+        "note": "a verified copy of the artefact; load it with stillhouse.lidar.store.load_completer",
+    }
 
 
 def _load_tensors(networks: Mapping[str, nn.Module], artifact: Artifact) -> None:

@@ -12,7 +12,10 @@ from stillhouse.core.errors import ConfigError, DataError
 from stillhouse.core.run import Run
 
 if TYPE_CHECKING:
-    from .complete import Completion
+    from .complete import Completer
+
+CLOUDS = ("ply", "pcd", "bin")
+_NOT_CLOUDS = ("npy", "npz", "txt", "csv", "xyz", "pts", "las", "laz", "obj", "e57", "png", "jpg", "json")
 
 ModelOption = Annotated[
     Path,
@@ -43,6 +46,10 @@ def _add_complete(app: typer.Typer) -> None:
             Path,
             typer.Option("--out", "-o", metavar="FILE|DIR", help="A cloud (.ply, .pcd, .bin), or a folder."),
         ],
+        format: Annotated[
+            str,
+            typer.Option("--format", "-f", metavar="FORMAT", help="Of clouds in a folder: ply, pcd or bin."),
+        ] = "ply",
         steps: Annotated[
             int | None,
             typer.Option("--steps", min=1, max=1000, help="Sampler steps.", show_default="the student's"),
@@ -65,70 +72,115 @@ def _add_complete(app: typer.Typer) -> None:
         json: JsonOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        run = Run(out=out.parent, seed=seed, device=device, json=json, verbose=verbose)
+        run = Run(out=out.parent, seed=seed or 0, device=device, json=json, verbose=verbose)
+        rows: list[dict[str, Any]] = []
         with speaking(run):
-            rows = _complete(run, scans, model, out, steps, guidance, keep=keep, pictures=pictures)
-            for row in [] if json else rows:
-                run.say(
-                    f"{row['scan']}: {row['input']} → {row['points']} points, {row['evaluations']} network "
-                    f"evaluations, {row['seconds']:.2f} s → {row['out']}"
-                )
+            from .complete import find_scans, load_completer
+
+            found = find_scans(scans)
+            targets = _targets(found, out, format)
+            completer = load_completer(model, device=str(run.torch_device()))
+            completer.check(steps=steps, guidance=guidance)
+            _check_sweeps(run, completer, found)
+            with run.progress("Completing", total=len(found)) as bar:
+                for path, target in zip(found, targets, strict=True):
+                    row = _complete(
+                        run, completer, path, target, steps, guidance, keep=keep, pictures=pictures
+                    )
+                    rows.append(row)
+                    bar.advance()
+                    if not json:
+                        run.say(
+                            f"{row['scan']}: {row['input']} → {row['points']} points, {row['evaluations']} "
+                            f"network evaluations, {row['seconds']:.2f} s → {row['out']}"
+                        )
         if json:
             _print_json({"model": str(model), "results": rows})
 
 
+def _targets(found: list[Path], out: Path, format: str) -> list[Path]:
+    """Where each completed cloud goes.
+
+    Raises:
+        ConfigError: it would overwrite a sweep, is one file for many sweeps, or has an unknown format.
+    """
+    if format not in CLOUDS:
+        raise ConfigError(f"--format {format}: allowed are {', '.join(CLOUDS)}")
+    suffix = out.suffix.lower().removeprefix(".")
+    if suffix in CLOUDS and not out.is_dir():
+        if len(found) > 1:
+            raise ConfigError(f"--out {out}: is one file, there are {len(found)} sweeps; give a folder")
+        targets = [out]
+    elif out.is_file() or suffix in _NOT_CLOUDS:
+        raise ConfigError(f"--out {out}: must be a folder, or a file that ends in .ply, .pcd or .bin")
+    else:
+        targets = [out / f"{name}.{format}" for name in _names(found)]
+    inputs = {path.resolve() for path in found}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise ConfigError(f"--out {out}: would overwrite the sweep {target}; give another place")
+    return targets
+
+
+def _check_sweeps(run: Run, completer: Completer, found: list[Path]) -> None:
+    """Read every sweep before anything is written, so that a bad one leaves nothing behind."""
+    from .io import read_scan
+    from .pairs import partial_points
+
+    with run.progress("Checking", total=len(found)) as bar:
+        for path in found:
+            partial_points(read_scan(path), completer.pairs)
+            bar.advance()
+
+
 def _complete(
     run: Run,
-    sources: list[Path],
-    model: Path,
-    out: Path,
+    completer: Completer,
+    path: Path,
+    target: Path,
     steps: int | None,
     guidance: float | None,
     *,
     keep: bool,
     pictures: bool,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     import numpy as np
 
-    from .complete import find_scans, load_completer
     from .io import read_scan, write_cloud
 
-    found = find_scans(sources)
-    to_file = out.suffix.lower() in (".ply", ".pcd", ".bin")
-    if to_file and len(found) > 1:
-        raise ConfigError(f"--out {out}: is one file, there are {len(found)} sweeps; give a folder")
-    completer = load_completer(model, device=str(run.torch_device()))
-    names = _names(found)
-    rows = []
-    with run.progress("Completing", total=len(found)) as bar:
-        for path, name in zip(found, names, strict=True):
-            scan = read_scan(path)
-            done: Completion = completer(scan, steps=steps, guidance=guidance, seed=run.seed)
-            points = np.concatenate([done.points, scan.points]) if keep else done.points
-            target = out if to_file else out / f"{name}.ply"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_cloud(target, points)
-            if pictures:
-                _pictures(target, scan.points, points, completer.max_range)
-            rows.append(
-                {
-                    "scan": str(path),
-                    "input": len(scan),
-                    "points": len(points),
-                    "evaluations": done.evaluations,
-                    "seconds": done.seconds,
-                    "out": str(target),
-                }
-            )
-            bar.advance()
-    return rows
+    scan = read_scan(path)
+    done = completer(scan, steps=steps, guidance=guidance, seed=run.seed)
+    points = np.concatenate([done.points, scan.points]) if keep else done.points
+    _make(target.parent)
+    write_cloud(target, points)
+    row: dict[str, Any] = {
+        "scan": str(path),
+        "input": len(scan),
+        "points": len(points),
+        "evaluations": done.evaluations,
+        "seconds": done.seconds,
+        "out": str(target),
+    }
+    if pictures:
+        row["pictures"] = _pictures(target, scan.points, points, completer.max_range)
+    return row
 
 
-def _pictures(target: Path, before: Any, after: Any, extent: float) -> None:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the folder cannot be made ({error.strerror}); give another --out"
+        ) from error
+
+
+def _pictures(target: Path, before: Any, after: Any, extent: float) -> list[str]:
     from .render import save_views
 
-    save_views(before, target.parent, f"{target.stem}-before", extent=extent)
-    save_views(after, target.parent, f"{target.stem}-after", extent=extent)
+    written = save_views(before, target.parent, f"{target.stem}-before", extent=extent)
+    written += save_views(after, target.parent, f"{target.stem}-after", extent=extent)
+    return [str(path) for path in written]
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -167,6 +219,8 @@ def _add_view(app: typer.Typer) -> None:
             from .render import save_views, show
 
             found = find_scans(clouds)
+            for path in found:
+                read_scan(path)  # nothing is written where one cannot be read
             for path, name in zip(found, _names(found), strict=True):
                 points = read_scan(path).points
                 if window:
@@ -232,7 +286,13 @@ def _aggregate(
 
     if out.suffix.lower() not in (".ply", ".pcd", ".bin", ".npy"):
         raise ConfigError(f"--out {out}: must end in .ply, .pcd, .bin or .npy")
+    if max_range is not None and max_range <= min_range:
+        raise ConfigError(f"--max-range {max_range}: must be above --min-range ({min_range})")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give the name of a file")
     found = read_sequence(folder)
+    if found.poses is None:
+        raise DataError(f"{folder}: has no poses.txt; sweeps cannot be merged without poses")
     with run.progress("Merging", total=len(found)) as bar:
         points = merge(
             found,
@@ -244,7 +304,7 @@ def _aggregate(
             icp=icp,
             progress=lambda done, total: bar.advance(),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make(out.parent)
     if out.suffix.lower() == ".npy":
         with atomic_file(out) as stream:
             np.save(stream, points)
@@ -268,8 +328,9 @@ def _add_simulate(app: typer.Typer) -> None:
         verbose: VerboseOption = False,
     ) -> None:
         if out is None:
-            raise typer.BadParameter("give the folder with --out DIR")
-        run = Run(out=out, seed=seed, json=json, verbose=verbose)
+            raise ConfigError("--out is required: the folder to write the drives to")
+        begin = seed or 0
+        run = Run(out=out, seed=begin, json=json, verbose=verbose)
         written: list[str] = []
         with speaking(run):
             from .simulate import SimulateConfig, simulate_sequence, write_kitti
@@ -278,7 +339,7 @@ def _add_simulate(app: typer.Typer) -> None:
                 raise DataError(f"{run.out}: is not empty; give a new folder")
             with run.progress("Driving", total=streets) as bar:
                 for index in range(streets):
-                    config = SimulateConfig(seed=seed + index, scans=scans, rings=rings, azimuths=azimuths)
+                    config = SimulateConfig(seed=begin + index, scans=scans, rings=rings, azimuths=azimuths)
                     drive = simulate_sequence(config)
                     written.append(str(write_kitti(drive, run.create() / "sequences" / f"{index:02d}")))
                     bar.advance()
