@@ -192,7 +192,8 @@ class DistillConfig:
     """Which students, and how they learn from the teacher.
 
     Attributes:
-        students: which are trained, in this order; the first is the one that is saved as the artefact.
+        students: which are trained, in this order; the first is the one that is saved as the artefact. None
+            trains the teacher alone, which is the artefact then.
             "distillation_dpo", "vsd" and "scorelidar" are few-step copies of the teacher; "single_pass" is
             the light network with the teacher's help, "single_pass_alone" the same without.
         steps: optimizer steps of a few-step student.
@@ -240,8 +241,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for student in self.students:
             _choice("distill", "students", student, Student)
-        if not self.students or len(set(self.students)) < len(self.students):
-            raise ConfigError(f"distill.students is {self.students!r}; name at least one, each once")
+        if len(set(self.students)) < len(self.students):
+            raise ConfigError(f"distill.students is {self.students!r}; name each once")
         _choice("distill", "pair_weight", self.pair_weight, PairWeight)
         _choice("distill", "pair_noise", self.pair_noise, PairNoise)
         _check("distill", self, steps=1, critic_ratio=1, student_steps=1, loser_weight=0, anchor=0)

@@ -123,6 +123,8 @@ def _finish(
     begun = time.perf_counter()
     pairs = scene_pairs(config, data.test)
     device = next(teacher.noise.parameters()).device
+    for network in (*teacher.networks().values(), *students.values()):
+        network.to(device).eval()
     with run.progress("Scoring", total=len(pairs)) as bar:
         rows = score(
             contenders_of(config, teacher, students),
@@ -134,9 +136,12 @@ def _finish(
         )
     name = _SIMULATED if data.simulated else ", ".join(source.name for source in data.test)
     table = table_of(rows, config)
-    settings, networks = _completer(config, teacher, students)
-    chosen = config.distill.students[0]
-    artifact = _save_student(config, run, settings, networks, table, data, chosen)
+    if config.distill.students:
+        settings, networks = _completer(config, teacher, students)
+        chosen = config.distill.students[0]
+        artifact = _save_student(config, run, settings, networks, table, data, chosen)
+    else:
+        artifact = run.path(_TEACHER)
     results = LidarResults(
         data=name,
         simulated=data.simulated,
