@@ -13,7 +13,6 @@ Three samplers:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.diffusion import count_evaluations, tally
-from stillhouse.core.diffusion.schedulers import require_diffusers
+from stillhouse.core.diffusion.schedulers import require_diffusers, set_timesteps
 
 from .process import LocalProcess, VPProcess
 
@@ -188,18 +187,16 @@ def _vp_reference(
     if process.kind != "local":
         raise ValueError("sampler 'vp_reference' does not go with the 'vp' process")
     diffusers = require_diffusers()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it advises on options that are the reference's
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            num_train_timesteps=process.steps,
-            beta_start=process.beta_start,
-            beta_end=process.beta_end,
-            beta_schedule="linear",
-            algorithm_type="sde-dpmsolver++",
-            solver_order=2,
-            final_sigmas_type=final_sigmas_type,
-        )
-        scheduler.set_timesteps(steps, device=x_init.device)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=process.steps,
+        beta_start=process.beta_start,
+        beta_end=process.beta_end,
+        beta_schedule="linear",
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        final_sigmas_type=final_sigmas_type,
+    )
+    set_timesteps(scheduler, steps, x_init.device)
     x = x_init + noise  # of standard deviation 1, not σ_T
     path = [x]
     for index, t in enumerate(scheduler.timesteps):

@@ -6,6 +6,8 @@ again here: `sample_with_scheduler` runs its schedulers with any `Denoiser`.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -96,7 +98,7 @@ def sample_with_scheduler(
     name = "flow_prediction" if flow else scheduler.config.prediction_type
     if name not in _KINDS:
         raise ValueError(f"prediction_type is {name!r}; known: {', '.join(map(repr, _KINDS))}")
-    scheduler.set_timesteps(steps, device=z.device)
+    set_timesteps(scheduler, steps, z.device)
     x = z * float(getattr(scheduler, "init_noise_sigma", 1.0))
     path = [x]
     scale = scheduler.config.num_train_timesteps if flow else 1
@@ -110,9 +112,14 @@ def sample_with_scheduler(
     return Sample(x, made.count, path if return_path else [])
 
 
+def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Call the scheduler's `set_timesteps` without what NumPy 2 says of its conversions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler.set_timesteps(steps, device=device)
+
+
 def _noise(scheduler: Any, generator: torch.Generator | None) -> dict[str, Any]:
     """The generator for those schedulers that take one."""
-    import inspect
-
     takes = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": generator} if takes else {}

@@ -41,7 +41,8 @@ def dsm(
         tensor(2.)
     """
     _same("target", target, prediction)
-    return _reduce(_weighted(weight, (prediction - target.detach()).square()), mask, reduction)
+    gap = _masked(prediction - target.detach(), mask)
+    return _reduce(_weighted(weight, gap.square()), mask, reduction)
 
 
 def score_matching_surrogate(
@@ -88,8 +89,8 @@ def score_matching_surrogate(
         if normaliser == "dmd2":
             direction = direction.nan_to_num()
         target = wide - direction
-    live = x.to(wide.dtype)
-    return _reduce(0.5 * (live - target).square(), mask, reduction)
+    gap = _masked(x.to(wide.dtype) - target, mask)
+    return _reduce(0.5 * gap.square(), mask, reduction)
 
 
 def vsd_surrogate(
@@ -135,7 +136,7 @@ def vsd_surrogate(
             mean = _sample_mean(size, mask)
             scale = mean if normaliser == "abs_mean" else mean.sqrt()
             direction = direction / torch.where(scale > 0, scale, torch.ones_like(scale))
-    return _reduce(direction * x, mask, reduction)
+    return _reduce(_masked(direction, mask) * _masked(x, mask), mask, reduction)
 
 
 def consistency(
@@ -163,7 +164,7 @@ def consistency(
         Scalar.
     """
     _same("b", b, a)
-    d = a - b.detach()
+    d = _masked(a - b.detach(), mask)
     if metric == "l2":
         value = d.square()
     elif metric == "l1":
@@ -206,6 +207,11 @@ def _weighted(weight: Tensor | float, values: Tensor) -> Tensor:
                 raise ValueError(f"weight has {len(weight)} entries for a batch of {len(values)}")
             weight = weight.reshape(-1, *[1] * (values.dim() - 1))
     return values * weight
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where the mask is False, before anything is squared: a NaN there reaches no gradient either."""
+    return values if mask is None else torch.where(mask, values, torch.zeros_like(values))
 
 
 def _reduce(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
