@@ -211,13 +211,12 @@ def main() -> None:
     if given.memory:
         child(given.memory[0], int(given.memory[1]))
         return
-    options = " ".join(a for a in sys.argv[1:])
     command = " ".join(["python packages/genomic/benchmarks/bench_gdn.py", *sys.argv[1:]])
     setting = (
-        f"One sequence, forward + backward, float32, {given.threads} thread(s), {platform.machine()} CPU, torch "
-        f"{torch.__version__}, chunk 32; median of {given.repeats} interleaved runs. Growth: exponent of L from "
-        "2048 up. Largest relative errors, of outputs and gradients, against float64 (attention: against its "
-        f"formula): {check()}."
+        f"One sequence, forward + backward, float32, {given.threads} thread(s), {platform.machine()} CPU, "
+        f"torch {torch.__version__}, chunk 32; median of {given.repeats} interleaved runs. Growth: exponent of "
+        "L from 2048 up. Largest relative errors, of outputs and gradients, against float64 (attention: "
+        f"against its formula): {check()}."
     )
     operators = "### Operators\n\n" + table(OPERATORS, given.lengths, given.repeats)
     layers = "### Layers, d = 128\n\n" + table(LAYERS, given.lengths, given.repeats)

@@ -194,6 +194,20 @@ def test_padding_does_not_leak(kind, side):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+def test_a_gap_neither_writes_nor_decays():
+    """Padding in the middle: the recurrence passes over it."""
+    torch.manual_seed(0)
+    layer = GatedDeltaNet(StudentConfig(width=16, chunk=8)).double()
+    x = torch.randn(1, 30, 16, dtype=torch.float64)
+    attend = torch.ones(1, 30, dtype=torch.bool)
+    attend[:, 10:17] = False
+    parts = layer.project(x, attend)
+    whole = layer.recur(parts)
+    closed = layer.recur(type(parts)(*(part[:, attend[0]] for part in parts)))
+    torch.testing.assert_close(whole[:, attend[0]], closed, rtol=0, atol=1e-12)
+    assert (parts.v[:, 10:13].abs() > 0).any(), "the convolution has a tail there"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_padding_alone_is_finite(kind):
     encoder = make(SMALL[kind])
