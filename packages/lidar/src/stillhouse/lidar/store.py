@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -130,7 +130,7 @@ class CompleterSettings:
         """Networks of these sizes with fresh weights, by role."""
         from .networks import NoiseNet, PartialEncoder, RefineNet, SinglePassNet
 
-        makers = {
+        makers: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
             "noise": (NoiseNet, self.network),
             "encoder": (PartialEncoder, self.network),
             "single": (SinglePassNet, self.single),

@@ -227,8 +227,8 @@ def _add_view(app: typer.Typer) -> None:
                     show(points, title=path.name)
                     continue
                 written += map(str, save_views(points, run.create(), name, extent=extent, width=width))
-            for path in [] if json else written:
-                run.say(str(path))
+            for picture in [] if json else written:
+                run.say(picture)
         if json:
             _print_json({"pictures": written})
 
