@@ -214,8 +214,8 @@ def main() -> None:
     command = " ".join(["python packages/genomic/benchmarks/bench_gdn.py", *sys.argv[1:]])
     setting = (
         f"One sequence, forward + backward, float32, {given.threads} thread(s), {platform.machine()} CPU, "
-        f"torch {torch.__version__}, chunk 32; median of {given.repeats} interleaved runs. Growth: exponent of "
-        "L from 2048 up. Largest relative errors, of outputs and gradients, against float64 (attention: "
+        f"torch {torch.__version__}, chunk 32; median of {given.repeats} interleaved runs. Growth: exponent "
+        "of L from 2048 up. Largest relative errors, of outputs and gradients, against float64 (attention: "
         f"against its formula): {check()}."
     )
     operators = "### Operators\n\n" + table(OPERATORS, given.lengths, given.repeats)
