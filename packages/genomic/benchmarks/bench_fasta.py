@@ -136,7 +136,7 @@ def main() -> None:
         lines = ["## FASTA", "", f"`{command}`", ""]
         lines.append(
             f"pyfaidx {pyfaidx.__version__}, Python {platform.python_version()}, numpy {np.__version__}, "
-            f"{platform.machine()}, one core; median CPU time of a fetch; the ratio with its range over rounds."
+            f"{platform.machine()}, one core; median CPU time; ratios with their range over rounds."
         )
         ours, theirs = index_times(path, 3)
         lines += ["", *table(path, "plain", args.count, args.rounds)]

@@ -20,6 +20,8 @@ from .intervals import Interval, unknown_record
 
 PARTS = ("train", "validation", "test")
 
+_CUTS = 8  # random cuts, of which the one nearest to the shares is taken
+
 
 def tile(
     lengths: Mapping[str, int] | Iterable[Interval],
@@ -199,22 +201,35 @@ def _assign(
             "validation or test to 0"
         )
     total = sum(map(len, pieces))
-    free = [int(i) for i in rng.permutation(len(pieces))]
-    chosen: dict[int, str] = {}
-    for number, part in enumerate(asked):
-        goal, have = wanted[part] * total, 0
-        reserve = len(asked) - number  # pieces that must be left for the parts to come and for train
-        while len(free) > reserve:
-            fitting = min(free, key=lambda i: abs(have + len(pieces[i]) - goal))
-            if part in chosen.values() and abs(have + len(pieces[fitting]) - goal) >= abs(have - goal):
-                break
-            chosen[fitting] = part
-            have += len(pieces[fitting])
-            free.remove(fitting)
+    cuts = [_one_cut(pieces, {part: wanted[part] * total for part in asked}, rng) for _ in range(_CUTS)]
+    chosen = min(cuts, key=lambda cut: cut[0])[1]
     parts: dict[str, list[Interval]] = {part: [] for part in PARTS}
     for i, piece in enumerate(pieces):
         parts[chosen.get(i, "train")].append(piece)
     return parts
+
+
+def _one_cut(
+    pieces: Sequence[Interval], goals: Mapping[str, float], rng: np.random.Generator
+) -> tuple[float, dict[int, str]]:
+    """In a random order, a piece joins a part where that brings it nearer to its goal; with the summed error."""
+    free = [int(i) for i in rng.permutation(len(pieces))]
+    chosen: dict[int, str] = {}
+    error = 0.0
+    for number, (part, goal) in enumerate(goals.items()):
+        reserve = len(goals) - number  # pieces that must be left for the parts to come and for train
+        have = 0
+        for i in list(free):
+            if len(free) > reserve and abs(have + len(pieces[i]) - goal) < abs(have - goal):
+                chosen[i] = part
+                have += len(pieces[i])
+                free.remove(i)
+        if not have:  # every piece is more than twice the goal
+            smallest = min(free, key=lambda i: len(pieces[i]))
+            chosen[smallest], have = part, len(pieces[smallest])
+            free.remove(smallest)
+        error += abs(have - goal)
+    return error, chosen
 
 
 def _blocks(
