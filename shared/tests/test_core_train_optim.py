@@ -118,3 +118,20 @@ def test_twenty_steps_are_bit_equal_to_a_bare_loop(name: str, accumulate: int) -
         optimizer.step()
     for key, value in bare.student.state_dict().items():
         assert torch.equal(value, trained.student.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_marked_parameters_are_not_decayed(name: str) -> None:
+    layer = nn.Linear(2, 2)
+    layer.bias._no_weight_decay = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        layer.bias.fill_(1.0)
+    before = layer.weight.detach().clone()
+    optimizer, _ = OptimConfig(name=name, lr=0.1, weight_decay=0.5).build(layer.parameters(), total_steps=4)  # type: ignore[arg-type]
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(layer.bias, torch.ones(2))
+    assert not torch.equal(layer.weight, before)
+    plain, _ = OptimConfig(name=name, lr=0.1).build(layer.parameters(), total_steps=4)  # type: ignore[arg-type]
+    assert len(plain.param_groups) == 1

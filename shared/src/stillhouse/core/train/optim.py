@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -107,7 +107,8 @@ class OptimConfig:
 
         Args:
             parameters: the role's parameters; those that need no gradient and repeats (tied ones) are left
-                out.
+                out. One with the attribute `_no_weight_decay = True` is never decayed (decay rates and biases
+                of a recurrence, for example); a copy made by `copy.deepcopy` may lose the mark.
             total_steps: updates of this role in the whole run (≥ 1).
 
         Returns:
@@ -124,10 +125,20 @@ class OptimConfig:
                 "parameters holds none that needs a gradient; "
                 "freeze less or leave the role out of trainable()"
             )
+        groups: list[dict[str, Any]] = [{"params": [p for p in chosen if not _undecayed(p)]}]
+        if self.weight_decay and len(groups[0]["params"]) < len(chosen):
+            groups.append({"params": [p for p in chosen if _undecayed(p)], "weight_decay": 0.0})
+            groups = [group for group in groups if group["params"]]
+        else:
+            groups = [{"params": chosen}]
         optimizer: Optimizer
         if self.name == "sgd":
-            optimizer = SGD(chosen, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            optimizer = SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         else:
             adam = AdamW if self.name == "adamw" else Adam
-            optimizer = adam(chosen, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+            optimizer = adam(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         return optimizer, LambdaLR(optimizer, lambda update: self.factor(update, total_steps))
+
+
+def _undecayed(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_no_weight_decay", False))
