@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ from stillhouse.core.sparse import (
     sparse_conv,
     spconv_available,
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are too small for several threads to gain anything."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_cells(count: int, *, seed: int = 0, batch: int = 2, low: int = -5, high: int = 6) -> Tensor:

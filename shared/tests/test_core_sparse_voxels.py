@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,15 @@ from stillhouse.core.sparse import (
 from stillhouse.core.sparse._keys import pack, unpack
 
 cell = st.tuples(st.integers(0, 32767), *[st.integers(-32759, 32759)] * 3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are too small for several threads to gain anything."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @settings(max_examples=100, deadline=None)

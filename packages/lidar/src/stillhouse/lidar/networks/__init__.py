@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ._config import NetworkConfig as NetworkConfig
 from ._condition import Condition as Condition
 from ._condition import PartialEncoder as PartialEncoder
+from ._config import NetworkConfig as NetworkConfig
 from ._memory import MemoryEstimate as MemoryEstimate
 from ._memory import memory_estimate as memory_estimate
 from ._noise import NoiseNet as NoiseNet

@@ -72,8 +72,8 @@ class PartialEncoder(nn.Module):
         config: widths and voxel; the noise net must be built from the same.
 
     Shape:
-        points [B, n, 3] metres → `Condition` with `config.encoder[-1]` channels, at most one voxel a cell of side
-        voxel · 2^stages.
+        points [B, n, 3] metres → `Condition` with `config.encoder[-1]` channels, at most one voxel a cell of
+        side voxel · 2^stages.
 
     Example:
         >>> import torch
@@ -110,14 +110,14 @@ class PartialEncoder(nn.Module):
     def null(self, batch_size: int = 1) -> Condition:
         """The condition of no scan: that of a cloud of zeros, one voxel at the origin of each sample.
 
-        It is computed with the running statistics of batch norms, in training as well: a single voxel has none of
-        its own, and those of the scans stay untouched. It carries a graph like any other.
+        It is computed with the running statistics of batch norms, in training as well: a single voxel has
+        none of its own, and those of the scans stay untouched. It carries a graph like any other.
         """
         device = next(self.parameters()).device
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            return self(torch.zeros(batch_size, 1, 3, device=device))  # type: ignore[no-any-return]
+            return self(torch.zeros(batch_size, 1, 3, device=device))
         finally:
             for module in training:
                 module.training = True

@@ -9,7 +9,7 @@ from stillhouse.core.sparse import Backend, Norm, split_channels
 FULL = (32, 32, 64, 128, 256, 256, 128, 96, 96)
 REDUCED = (16, 16, 32, 64, 64, 64, 32, 24, 24)
 REDUCED_3 = (16, 16, 32, 64, 64, 32, 24)
-SINGLE = (16, 16, 32, 48, 64, 64, 48, 32, 32)
+SINGLE = (16, 16, 32, 48, 64, 64, 32, 24, 24)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -22,10 +22,11 @@ class NetworkConfig:
         blocks: residual blocks of a stage.
         time_channels: width of the sinusoidal time embedding, even, at least 4.
         head_channels: hidden width of the head.
-        norm: "batch" (reference) or "layer", with which the clouds of a batch stay independent in training, too.
-        point_offsets: also show the network where in its voxel each point lies, on the way in and in the head.
-            The reference does not: all points of a voxel get one answer, fair with voxels of 0.05 m, coarse with
-            those of a CPU.
+        norm: "batch" (reference) or "layer", with which the clouds of a batch stay independent in training,
+            too.
+        point_offsets: also show the network where in its voxel each point lies, on the way in and in the
+            head. The reference does not: all points of a voxel get one answer, fair with voxels of 0.05 m,
+            coarse with those of a CPU.
         offsets: points that the refinement net makes of one.
         reach: bound of the refinement's offsets along each axis, metres.
         factor: single-pass network: completed points for one partial point.

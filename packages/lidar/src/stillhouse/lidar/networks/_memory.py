@@ -1,4 +1,4 @@
-"""How much memory a network will need, from its widths and the number of points, before anything is allocated."""
+"""How much memory a network needs, from its widths and the number of points, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MemoryEstimate:
 
 
 def occupied(points: int, side: float, *, radius: float = 50.0, depth: float = 4.0) -> int:
-    """Expected voxels of a cloud scattered over a disc: K·(1 − e^(−N/K)), K = π·radius²·depth / side³ cells."""
+    """Voxels of a cloud scattered over a disc, expected: K·(1 − e^(−N/K)), K = π·radius²·depth / side³."""
     cells = math.pi * radius**2 * depth / side**3
     return max(1, min(points, math.ceil(-cells * math.expm1(-points / cells))))
 
@@ -65,9 +65,9 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """Memory of one network in one pass.
 
-    Counts what autograd keeps (outputs of convolutions for the norm, of activations for the next layer, gates,
-    skips), kernel maps, weights with Adam's moments, and the working set of the widest layer. Buffers of
-    the allocator come on top.
+    Counts what autograd keeps (outputs of convolutions for the norm, of activations for the next layer,
+    gates, skips), kernel maps, weights with Adam's moments, and the working set of the widest layer. Buffers
+    of the allocator come on top.
 
     Args:
         config: of the network.
@@ -75,8 +75,8 @@ def memory_estimate(
         batch: clouds at a time.
         training: with backward pass and optimizer, or inference alone.
         kind: "noise", "encoder" or "refine".
-        voxels: voxels of each level of the whole batch, finest first (`stillhouse.core.sparse.level_sizes`); by
-            default those of a noisy cloud scattered over a disc of `radius`.
+        voxels: voxels of each level of the whole batch, finest first (`stillhouse.core.sparse.level_sizes`);
+            by default those of a noisy cloud scattered over a disc of `radius`.
         radius: metres.
         value_bytes: 4 for float32, 2 under half-precision autocast.
 

@@ -1,4 +1,4 @@
-"""The noise net (LiDiff's MinkUNetDiff): a sparse UNet whose stages are gated by the partial scan and the time."""
+"""The noise net (LiDiff's MinkUNetDiff): a sparse UNet, its stages gated by the partial scan and the time."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def time_embedding(t: Tensor, channels: int) -> Tensor:
 class Gate(nn.Module):
     """What a stage's input is multiplied with, for each coarse voxel of the partial scan.
 
-    Features of the scan → two-layer MLP; time embedding → two-layer MLP; both side by side → two-layer MLP. It runs
-    once a coarse voxel, before the match, which gives the same as running it once a fine voxel.
+    Features of the scan → two-layer MLP; time embedding → two-layer MLP; both side by side → two-layer MLP.
+    It runs once a coarse voxel, before the match, which gives the same as running it once a fine voxel.
 
     The bias of the last layer begins at 1, so that an untrained gate lets everything through (our choice).
 
@@ -65,9 +65,9 @@ def _mlp(first: int, hidden: int, last: int) -> nn.Sequential:
 class NoiseNet(nn.Module):
     """Predicts the noise ε of a noisy cloud x_t, given a partial scan and the time.
 
-    Before each of the 2·stages stages of the UNet the features of every voxel are multiplied with a gate made of the
-    time and of the nearest coarse voxel of the partial encoder's output (centre to centre: our reading). With
-    the default config these are the sizes of LiDiff's network (reference code: PRBonn/LiDiff,
+    Before each of the 2·stages stages of the UNet the features of every voxel are multiplied with a gate made
+    of the time and of the nearest coarse voxel of the partial encoder's output (centre to centre: our
+    reading). With the default config these are the sizes of LiDiff's network (reference code: PRBonn/LiDiff,
     lidiff/models/minkunet.py).
 
     Args:
@@ -112,13 +112,13 @@ class NoiseNet(nn.Module):
         condition = part_features
         if condition.batch_size != len(x_t) or t.shape != (len(x_t),):
             raise ValueError(
-                f"x_t holds {len(x_t)} clouds, the condition {condition.batch_size} and t is {tuple(t.shape)}; "
-                "all must have one for each cloud"
+                f"x_t holds {len(x_t)} clouds, the condition {condition.batch_size} and t is "
+                f"{tuple(t.shape)}; all must have one for each cloud"
             )
         voxels = voxelize_clouds(x_t, self.config.voxel)
         flat = x_t.reshape(-1, 3)
         offsets = cell_offsets(flat, voxels) if self.config.point_offsets else None
-        embedding = time_embedding(t, self.config.time_channels)
+        embedding = time_embedding(t, self.config.time_channels).to(x_t.dtype)
         coarse = condition.tensor.coords
         matches: dict[int, tuple[Tensor, Bags]] = {}
 

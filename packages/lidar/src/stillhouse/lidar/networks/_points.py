@@ -14,8 +14,8 @@ def check_clouds(name: str, points: Tensor) -> None:
     shaped = points.ndim == 3 and points.shape[2] == 3 and points.numel() > 0
     if not shaped or not points.is_floating_point():
         raise ValueError(
-            f"{name} is {points.dtype} {tuple(points.shape)}; it must be floating point [B, N, 3], B and N at "
-            "least 1"
+            f"{name} is {points.dtype} {tuple(points.shape)}; it must be floating point [B, N, 3], B and N "
+            "at least 1"
         )
 
 
@@ -40,8 +40,8 @@ def voxel_input(points: Tensor, voxels: Voxels, extra: Tensor | None = None) -> 
 class PointHead(nn.Module):
     """Linear, LeakyReLU(0.1), linear, per point.
 
-    The first layer sees its voxel's features and, if asked, features of the point itself; without those all points of
-    a voxel get the same, and the head runs once a voxel.
+    The first layer sees its voxel's features and, if asked, features of the point itself; without those all
+    points of a voxel get the same, and the head runs once a voxel.
 
     Args:
         channels: width of the voxel features C.

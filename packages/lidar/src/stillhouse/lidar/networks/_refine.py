@@ -12,7 +12,7 @@ from ._points import PointHead, cell_offsets, check_clouds, voxel_input, voxeliz
 
 
 class RefineNet(nn.Module):
-    """UNet without condition whose head gives `offsets` displacements a point, by tanh within ±`reach` metres.
+    """UNet without condition; its head gives `offsets` displacements a point, by tanh within ±`reach` metres.
 
     Args:
         config: widths, voxel, `offsets` (6 in the reference) and `reach` (1 m in the reference).

@@ -17,14 +17,14 @@ from ._tiling import tile_by_distance
 class SinglePassNet(nn.Module):
     """A light network that completes a scan without diffusion.
 
-    The partial points are tiled with regard to their distance and scattered by noise; a first UNet moves the scattered
-    points to a coarse completion, a second, shallower one moves those by at most `reach`. The idea of noise-to-coarse
-    and refinement in one pass with distance-aware tiling is LiNeXt's (arXiv 2511.10209); only its abstract
-    was read, and every detail here is our own.
+    The partial points are tiled with regard to their distance and scattered by noise; a first UNet moves the
+    scattered points to a coarse completion, a second, shallower one moves those by at most `reach`. The idea
+    of noise-to-coarse and refinement in one pass with distance-aware tiling is LiNeXt's (arXiv 2511.10209);
+    only its abstract was read, and every detail here is our own.
 
     Args:
-        config: widths of the first UNet, voxel, `factor`, `spread`, `crowding`, `reach`. The second UNet has the two
-            finest stages of the first.
+        config: widths of the first UNet, voxel, `factor`, `spread`, `crowding`, `reach`. The second UNet has
+            the two finest stages of the first.
 
     Shape:
         partial [B, n, 3] metres → [B, N, 3], N = n · factor.

@@ -28,9 +28,10 @@ def tile_by_distance(
 ) -> Tiling:
     """Copy partial points until there are `total`, each at least once.
 
-    Every point gets one copy; the other N − n go by the largest remainder in proportion to r^crowding, r its distance
-    from the sensor at the origin. The rays of a spinning sensor fan out, so the spacing of its points
-    grows with r. (The idea is LiNeXt's, arXiv 2511.10209, of which the abstract was read; the rule is ours.)
+    Every point gets one copy; the other N − n go by the largest remainder in proportion to r^crowding, r its
+    distance from the sensor at the origin. The rays of a spinning sensor fan out, so the spacing of its
+    points grows with r. (The idea is LiNeXt's, arXiv 2511.10209, of which the abstract was read; the rule is
+    ours.)
 
     Args:
         partial: [B, n, 3] metres.
