@@ -99,7 +99,7 @@ def _headline(report: Report, results: LidarResults) -> None:
 def _best(rows: Sequence[RowResult]) -> str:
     nearest, flattest = best_row(rows, "chamfer"), best_row(rows, "jsd_bev")
     if nearest is None:
-        return ""
+        return "no distances were measured."
     text = f"the lowest Chamfer distance is that of “{nearest.name}”, {score(nearest, 'chamfer'):.3f} m"
     if flattest is None:
         return text + "."

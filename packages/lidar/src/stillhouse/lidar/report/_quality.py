@@ -35,7 +35,9 @@ def add_pictures(report: Report, results: LidarResults, folder: Path) -> None:
                 size=248,
             )
     if missing:
-        section.text(f"{missing} pictures are left out: their files are no longer in the run’s folder.")
+        many = f"{missing} pictures are left out: their files are"
+        which = "1 picture is left out: its file is" if missing == 1 else many
+        section.text(f"{which} no longer in the run’s folder.")
 
 
 def add_tables(report: Report, results: LidarResults) -> None:
