@@ -283,9 +283,9 @@ class EvaluateConfig:
         site_length: the same of "donor" and "acceptor", whose site is in the middle.
         decoys: negatives of the splice sites: "easy", "matched" or "hard"; see `data.splice_sites`.
         limit: most windows of a class and genome.
-        pool: how features become one vector in "regions" and "species": the "mean" of the window, or of its
-            "center".
-        middle: characters of that center.
+        pool: how features become one vector in "regions": the "mean" of the window, or of its "center". In
+            "species" it is always the mean of the window.
+        middle: characters of that center; the class is that of the 64 in the middle.
         site_pool, site_middle: the same in "donor" and "acceptor"; hard decoys differ from sites in the
             42 characters about the site.
         baselines: also show random weights, and train a student without the teacher (reconstruction alone).
@@ -298,7 +298,7 @@ class EvaluateConfig:
     site_length: int = 128
     decoys: Literal["easy", "matched", "hard"] = "hard"
     limit: int = 1500
-    pool: Literal["mean", "center"] = "mean"
+    pool: Literal["mean", "center"] = "center"
     middle: int = 64
     site_pool: Literal["mean", "center"] = "center"
     site_middle: int = 42

@@ -320,7 +320,7 @@ def probe_tasks(
                 name=f"{name}, {settings.decoys} decoys" if site else name,
                 fit=sides[0],
                 score=sides[1],
-                pool=settings.site_pool if site else settings.pool,
+                pool=settings.site_pool if site else "mean" if name == "species" else settings.pool,
                 middle=settings.site_middle if site else settings.middle,
                 note=_NOTES.get(settings.decoys if site else name, ""),
             )
