@@ -111,6 +111,11 @@ def _curves(section: Section, logs: Any, folder: Path, *, gradients: bool) -> No
             section.text(f"The training log of {title} is no longer in the run’s folder.")
             continue
         rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines() if line]
+        rows += [  # shares belong on an axis of their own, not among the losses
+            {"step": row["step"], "evaluate": {"accuracy": row["terms"].pop("accuracy")}}
+            for row in list(rows)
+            if "accuracy" in row.get("terms", {})
+        ]
         terms = {term for row in rows for term in row.get("terms", {})}
         norms = {term for term in terms if term.startswith("grad")}
         wanted = sorted(norms - {"grad_norm"}) if gradients else sorted(terms - norms)
@@ -134,7 +139,7 @@ def add_data(report: Report, results: GenomicResults) -> None:
     section = report.section("Data")
     if results.parts:
         section.table(
-            [{"part": name, **counts} for name, counts in results.parts.items()],
+            [{"part": name, **counts} for name, counts in results.parts.items() if any(counts.values())],
             caption="Pre-training tiles; no base is in two parts.",
         )
     if results.notes:

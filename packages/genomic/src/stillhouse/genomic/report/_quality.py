@@ -15,6 +15,7 @@ from ._results import GenomicResults, ModelRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEW = 10  # groups below which a bootstrap over groups is not to be trusted
 _SHOWN_ROLES = ("teacher", "student")
 _FURTHER = {"accuracy": "accuracy", "auroc": "AUROC"}
 
@@ -44,6 +45,7 @@ def add_quality(report: Report, results: GenomicResults) -> None:
         ],
         formats={"chance": ".3g"},
         caption="The tasks: windows to fit and to test on, and the groups behind the test windows.",
+        note=_few(results),
     )
     notes = [f"- **{task.name}**: {task.note}" for task in results.tasks if task.note]
     if notes:
@@ -63,6 +65,17 @@ def add_quality(report: Report, results: GenomicResults) -> None:
         section.table(
             rows, formats=dict.fromkeys(further.values(), ".3f"), caption="The same probes by other metrics."
         )
+
+
+def _few(results: GenomicResults) -> str:
+    """A warning where intervals rest on a handful of groups."""
+    few = [task.name for task in results.tasks if task.groups is not None and task.groups < FEW]
+    if not few:
+        return ""
+    return (
+        f"Fewer than {FEW} groups: {', '.join(few)}. Resampling so few makes intervals that are too narrow; "
+        "take them as a hint, not as a measure."
+    )
 
 
 def _figure(section: Section, results: GenomicResults) -> None:
@@ -114,34 +127,56 @@ def add_ablation(report: Report, results: GenomicResults) -> None:
             {
                 "model": model.name,
                 "parameters": model.parameters,
-                **{task: interval(results.scores[model.name].get(task)) for task in tasks},
+                **{task: _estimate(results, model, task) for task in tasks},
                 "mean": _mean(results, model, tasks),
             }
             for model in rows
         ],
         best={**dict.fromkeys(tasks, "max"), "mean": "max"},
-        formats={**dict.fromkeys(tasks, ".2f"), "mean": ".3f", "parameters": "si"},
+        formats={**dict.fromkeys(tasks, ".3f"), "mean": ".3f", "parameters": "si"},
         caption="All rows on all tasks.",
         note=note,
     )
+    for some in _threes(tasks):
+        section.table(
+            [
+                {
+                    "model": model.name,
+                    **{task: interval(results.scores[model.name].get(task)) for task in some},
+                }
+                for model in rows
+            ],
+            best=dict.fromkeys(some, "max"),
+            formats=dict.fromkeys(some, ".3f"),
+            caption="The same with intervals." if some[0] == tasks[0] else "",
+        )
     _ablation_figure(section, results, rows, tasks)
     described = [f"- **{model.name}**: {model.note}" for model in rows if model.note]
     if described:
         section.text("\n".join(described))
     if results.differences:
-        section.table(
-            [
-                {
-                    "difference": row["difference"],
-                    "task": row["task"],
-                    "points": interval(row),
-                    "beyond chance": _beyond(row),
-                }
-                for row in results.differences
-            ],
-            formats={"points": "+.3f"},
-            caption="Paired on the same test windows; “beyond chance”: whether the interval leaves out zero.",
-        )
+        names = list(dict.fromkeys(row["difference"] for row in results.differences))
+        held = {(row["difference"], row["task"]): row for row in results.differences}
+        for some in _threes([task for task in tasks if any((name, task) in held for name in names)]):
+            section.table(
+                [
+                    {"difference": name, **{task: interval(held.get((name, task))) for task in some}}
+                    for name in names
+                ],
+                formats=dict.fromkeys(some, "+.3f"),
+                caption="Differences, paired on the same test windows." if some[0] == tasks[0] else "",
+                note="Beyond chance where the interval leaves out zero.",
+            )
+
+
+def _threes(tasks: list[str]) -> list[list[str]]:
+    """As many tasks as a table of intervals has room for."""
+    return [tasks[at : at + 3] for at in range(0, len(tasks), 3)]
+
+
+def _estimate(results: GenomicResults, model: ModelRow, task: str) -> float | None:
+    scored = results.scores[model.name].get(task)
+    return None if scored is None else number(scored)
 
 
 def _ablation_figure(
@@ -174,12 +209,6 @@ def _mean(results: GenomicResults, model: ModelRow, tasks: list[str]) -> float |
     if any(task not in scored for task in tasks):
         return None
     return float(np.mean([number(scored[task]) for task in tasks]))
-
-
-def _beyond(row: Any) -> str:
-    if row.get("low") is None:
-        return "–"
-    return "yes" if row["low"] > 0 or row["high"] < 0 else "no"
 
 
 def add_finetuned(report: Report, results: GenomicResults) -> None:
