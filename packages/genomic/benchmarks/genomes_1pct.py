@@ -101,7 +101,7 @@ def main() -> None:
         GenomicConfig,
         PRESET,
         presets="stillhouse.genomic.configs",
-        overrides=[*files, "train.checkpoint_every=0", *given.overrides],
+        overrides=[*files, "train.checkpoint_every=500", *given.overrides],
     )
     study(config, given.out, [int(s) for s in given.seeds.split(",")], list(given.rows), given.part)
 

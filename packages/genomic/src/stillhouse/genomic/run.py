@@ -468,9 +468,7 @@ def _labelled_task(path: Path, config: GenomicConfig) -> ProbeTask:
             f"{path}: has the parts {sorted(parts) or 'of no split'}; a probe needs a column `split` with "
             "train and test"
         )
-    return ProbeTask(
-        name=items.name, fit=items.part("train"), score=items.part("test"), pool=config.evaluate.pool
-    )
+    return ProbeTask(name=items.name, fit=items.part("train"), score=items.part("test"), pool="mean")
 
 
 class _Reader(nn.Module):
