@@ -137,7 +137,7 @@ def add_ablation(report: Report, results: GenomicResults) -> None:
         caption="All rows on all tasks.",
         note=note,
     )
-    for some in _threes(tasks):
+    for some in _in_threes(tasks):
         section.table(
             [
                 {
@@ -157,7 +157,7 @@ def add_ablation(report: Report, results: GenomicResults) -> None:
     if results.differences:
         names = list(dict.fromkeys(row["difference"] for row in results.differences))
         held = {(row["difference"], row["task"]): row for row in results.differences}
-        for some in _threes([task for task in tasks if any((name, task) in held for name in names)]):
+        for some in _in_threes([task for task in tasks if any((name, task) in held for name in names)]):
             section.table(
                 [
                     {"difference": name, **{task: interval(held.get((name, task))) for task in some}}
@@ -169,9 +169,10 @@ def add_ablation(report: Report, results: GenomicResults) -> None:
             )
 
 
-def _threes(tasks: list[str]) -> list[list[str]]:
-    """As many tasks as a table of intervals has room for."""
-    return [tasks[at : at + 3] for at in range(0, len(tasks), 3)]
+def _in_threes(tasks: list[str]) -> list[list[str]]:
+    """At most three tasks a table, which is what intervals have room for, in parts of like size."""
+    size = -(-len(tasks) // max(-(-len(tasks) // 3), 1)) or 1
+    return [tasks[at : at + size] for at in range(0, len(tasks), size)]
 
 
 def _estimate(results: GenomicResults, model: ModelRow, task: str) -> float | None:
