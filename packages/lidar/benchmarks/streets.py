@@ -48,7 +48,7 @@ from stillhouse.lidar.scoring import (
 
 METRICS = ("chamfer", "jsd_3d", "jsd_bev", "iou_0.5", "iou_0.2", "iou_0.1")
 HEADS = ("CD, m", "JSD-3D", "JSD-BEV", "IoU 0.5", "IoU 0.2", "IoU 0.1")
-ABLATIONS = {"loser 0.5": {"loser_weight": 0.5}}
+ABLATIONS = {"without the Chamfer term": {"data_weight": 0.0}}
 
 
 def main() -> None:

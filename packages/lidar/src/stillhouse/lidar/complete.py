@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -85,9 +85,7 @@ class Completer:
     @property
     def pairs(self) -> PairConfig:
         """What is done with a sweep before."""
-        pairs = self.settings.pairs
-        assert isinstance(pairs, PairConfig)
-        return pairs
+        return cast(PairConfig, self.settings.pairs)
 
     @property
     def max_range(self) -> float:

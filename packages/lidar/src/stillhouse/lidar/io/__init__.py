@@ -4,6 +4,8 @@ Reading `.bin` and `.label` files and writing any format needs NumPy alone; `.pl
 by Open3D, which is imported when the first of them is.
 """
 
+from __future__ import annotations
+
 from ._kitti import nonfinite_rows as nonfinite_rows
 from ._kitti import read_bin as read_bin
 from ._kitti import read_calib as read_calib

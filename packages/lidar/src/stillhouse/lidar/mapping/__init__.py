@@ -1,5 +1,7 @@
 """Maps: static points of many sweeps in one frame, thinned as they come; poses refined by ICP where asked."""
 
+from __future__ import annotations
+
 from ._aggregate import aggregate as aggregate
 from ._aggregate import static_mask as static_mask
 from ._icp import IcpConfig as IcpConfig

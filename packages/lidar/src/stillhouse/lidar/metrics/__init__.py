@@ -5,6 +5,8 @@ compared with; `convention="correct"` is what the names say. They differ in the 
 Jensen-Shannon term, the EMD and what is called RMSE.
 """
 
+from __future__ import annotations
+
 from ._chamfer import PrecisionRecall as PrecisionRecall
 from ._chamfer import chamfer as chamfer
 from ._chamfer import nearest_distances as nearest_distances

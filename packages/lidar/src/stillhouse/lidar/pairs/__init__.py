@@ -1,5 +1,7 @@
 """Training pairs and the ground truth of an evaluation, cut from sweeps and maps."""
 
+from __future__ import annotations
+
 from ._dataset import PairDataset as PairDataset
 from ._maps import MapCache as MapCache
 from ._maps import TiledMap as TiledMap

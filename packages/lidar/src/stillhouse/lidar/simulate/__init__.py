@@ -5,6 +5,8 @@ trees, lamp posts, signs, parked cars, and cars and people that move between the
 Open3D's. Simulated streets are for trying and testing; they are no road data.
 """
 
+from __future__ import annotations
+
 from ._config import LABELS as LABELS
 from ._config import SimulateConfig as SimulateConfig
 from ._drive import SimulatedSequence as SimulatedSequence
