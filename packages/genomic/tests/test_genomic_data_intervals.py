@@ -95,7 +95,8 @@ def test_bed_round_trip(tmp_path: Path) -> None:
 
 def test_gff3_by_hand(put: Put) -> None:
     text = (
-        "##gff-version 3\n##sequence-region chr1 1 100\nchr1\tme\tgene\t11\t40\t.\t-\t.\tID=g1;Name=a%2Cb;Note=x,y;\n"
+        "##gff-version 3\n##sequence-region chr1 1 100\n"
+        "chr1\tme\tgene\t11\t40\t.\t-\t.\tID=g1;Name=a%2Cb;Note=x,y;\n"
         "chr1\t.\tmRNA\t11\t40\t1.5\t-\t.\tID=t1;Parent=g1\r\n###\n"
         "chr%201\tme\tCDS\t1\t1\t.\t?\t2\tParent=t1,t2\n##FASTA\n>chr1\nACGT\n"
     )
@@ -403,8 +404,8 @@ def test_check_disjoint_finds_what_hides_behind_a_long_interval() -> None:
 def test_the_leak_of_the_common_loader() -> None:
     """Rows of 131,072 bp, split without overlap, overlap across splits once each is stretched to 2²⁰ bp.
 
-    The hg38 loader that HyenaDNA, Caduceus and others share does this to its BED file: the rows are disjoint as
-    they stand in the file, and what the model sees is not.
+    The hg38 loader that HyenaDNA, Caduceus and others share does this to its BED file: the rows are disjoint
+    as they stand in the file, and what the model sees is not.
     """
     length = 40_000_000
     rng = np.random.default_rng(0)

@@ -212,7 +212,7 @@ def _assign(
 def _one_cut(
     pieces: Sequence[Interval], goals: Mapping[str, float], rng: np.random.Generator
 ) -> tuple[float, dict[int, str]]:
-    """In a random order, a piece joins a part where that brings it nearer to its goal; with the summed error."""
+    """In random order, a piece joins a part where that brings it nearer its goal; with the summed error."""
     free = [int(i) for i in rng.permutation(len(pieces))]
     chosen: dict[int, str] = {}
     error = 0.0

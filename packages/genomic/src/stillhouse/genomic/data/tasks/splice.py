@@ -99,7 +99,8 @@ def splice_sites(
     elif decoys == "random":
         false, others = _drawn(sites, kind, rng), groups
     else:
-        candidates = _unannotated(genome, kind, length, size, rng)
+        most = 200_000 if decoys == "matched" else max(20_000, 20 * len(places))
+        candidates = _unannotated(genome, kind, length, size, rng, most)
         enough(len(candidates), len(places), f"unannotated {_MOTIF[kind].decode()} sites", genome)
         chosen = (
             pick(candidates, len(places), rng)
@@ -172,7 +173,7 @@ def _drawn(sites: Bytes, kind: str, rng: np.random.Generator) -> Bytes:
 
 
 def _unannotated(
-    genome: Genome, kind: str, length: int, block: int, rng: np.random.Generator, most: int = 200_000
+    genome: Genome, kind: str, length: int, block: int, rng: np.random.Generator, most: int
 ) -> list[Interval]:
     """Windows about GT (AG) on either strand where nothing says that an intron ends."""
     known: set[tuple[str, int, str]] = set()
