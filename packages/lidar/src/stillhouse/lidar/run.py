@@ -458,7 +458,7 @@ def _save_student(
         config=to_dict(config),
         metrics=jsonable(numbers),
         card=card,
-        provenance={"data": _card_data(config), "seed": run.seed, "command": _command(sys.argv)},
+        provenance={"data": _card_data(config), "seed": run.seed},
     )
     return artifact.folder
 
