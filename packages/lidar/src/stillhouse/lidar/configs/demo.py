@@ -7,18 +7,19 @@ model = dict(
     voxel=0.3,
     batch_size=1,
 )
-teacher = dict(steps=350, lr=2e-3)
+teacher = dict(steps=450, lr=2e-3)
 distill = dict(
     students=("distillation_dpo", "single_pass", "single_pass_alone"),
-    steps=40,
-    lr=1e-4,
-    critic_lr=2e-4,
+    steps=80,
+    lr=2e-4,
+    critic_lr=4e-4,
     loser_weight=0.25,
+    data_weight=1.0,
     single_steps=120,
     single_lr=2e-3,
 )
 optim = dict(name="adam", schedule="cosine")
 train = dict(clip_norm=1.0, log_every=20, threads=2)
 evaluate = dict(
-    teacher_steps=(50, 8, 2), student_steps=(8, 2), teacher_guidance=1.0, steps=8, scans=1, levels=(0.5, 0.2)
+    teacher_steps=(50, 8, 2), student_steps=(8, 2), teacher_guidance=1.0, steps=2, scans=1, levels=(0.5, 0.2)
 )
