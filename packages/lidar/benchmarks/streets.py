@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--kitti", type=Path)
+    parser.add_argument(
+        "--ablate", action="store_true", help="also train Distillation-DPO without its data term"
+    )
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
@@ -67,10 +70,12 @@ def main() -> None:
     elif given.seed is None:
         parser.error("give --seed N to train, or --table")
     else:
-        study(given.out, given.seed, given.config, given.overrides, given.kitti)
+        study(given.out, given.seed, given.config, given.overrides, given.kitti, ablate=given.ablate)
 
 
-def study(out: Path, seed: int, preset: str, overrides: list[str], kitti: Path | None) -> None:
+def study(
+    out: Path, seed: int, preset: str, overrides: list[str], kitti: Path | None, *, ablate: bool
+) -> None:
     """Train and score everything for one seed."""
     config = load_config(LidarConfig, preset, overrides=overrides, presets="stillhouse.lidar.configs")
     folder = out / f"seed-{seed}"
@@ -95,7 +100,8 @@ def study(out: Path, seed: int, preset: str, overrides: list[str], kitti: Path |
         times[TITLES[method]] = found["seconds"]
         say(f"{method} {found['seconds']:.0f} s {found['terms']}")
     rows = contenders_of(config, teacher, students)
-    rows += ablations(config, dataset, teacher, seed, folder)
+    if ablate:
+        rows += ablations(config, dataset, teacher, seed, folder)
     result: dict[str, Any] = {"seed": seed, "config": to_dict(config), "times": times, "tables": {}}
     pairs = scene_pairs(config, data.test)
     scored = score(rows, pairs, config, seed=seed)
