@@ -22,6 +22,6 @@ data = dict(
 model = dict(kind="gdn", width=56, gdn_layers=1, attention_layers=1, mlp_ratio=1.5)
 teacher = dict(width=256, depth=4, heads=8, steps=3_000, batch=8, lr=1e-3, weight_decay=0.05)
 distill = dict(method="had", batch=8, mask_ratio=0.15, gradient_every=20)
-optim = dict(name="adamw", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=30, min_lr_ratio=0.03)
-train = dict(steps=300, clip_norm=1.0, log_every=20, checkpoint_every=100, threads=1)
+optim = dict(name="adamw", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=60, min_lr_ratio=0.03)
+train = dict(steps=600, clip_norm=1.0, log_every=20, checkpoint_every=100, threads=1)
 evaluate = dict(length=192, site_length=96, limit=500)
