@@ -227,17 +227,21 @@ bases = tokens = 0
 for places, windows in iterate_windows(fasta, tile(fasta.lengths, 1024), 1024, batch=64):
     tokens += int(kmers.encode(windows).lengths.sum())
     bases += characters.encode(windows).numel()
-streamed = sum(len(record) for record in read_fasta(sys.argv[2]))
+tokenised = peak[0]
+streamed = sum(len(record) for record in read_fasta(sys.argv[1]))
 running[0] = False
 thread.join()
-print(bases, tokens, streamed, start, peak[0])
+print(bases, tokens, streamed, start, tokenised, peak[0])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
 def test_a_hundred_megabytes_stay_below_300_resident(tmp_path: Path) -> None:
-    """Tile and tokenise 100 MB of FASTA, and stream its records of 10 MB: at most 300 MB resident in all."""
+    """Tile and tokenise 100 MB of FASTA: at most 300 MB resident, the imports of torch included.
+
+    Streaming holds a record at a time (10 MB here), never the file.
+    """
     rng = np.random.default_rng(0)
     path = tmp_path / "big.fa"
     with open(path, "wb") as file:
@@ -248,10 +252,12 @@ def test_a_hundred_megabytes_stay_below_300_resident(tmp_path: Path) -> None:
             file.write(b">r%d\n" % number + lines.tobytes())
     assert path.stat().st_size > 100_000_000
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(path), str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MEASURE, str(path)], capture_output=True, text=True, check=True
     )
-    bases, tokens, streamed, start, peak = map(int, done.stdout.split())
+    bases, tokens, streamed, start, tokenised, peak = map(int, done.stdout.split())
     assert bases == 10 * (10_000_000 // 1024) * 1024
     assert tokens > bases // 6
     assert streamed == 100_000_000
-    assert peak < 300e6, f"{peak / 1e6:.0f} MB, {start / 1e6:.0f} of them the imports"
+    assert tokenised < 300e6, f"{tokenised / 1e6:.0f} MB, {start / 1e6:.0f} of them the imports"
+    print(f"imports {start / 1e6:.0f} MB, tokenising {tokenised / 1e6:.0f}, streaming {peak / 1e6:.0f}")
+    assert peak - start < 80e6, f"streaming added {(peak - start) / 1e6:.0f} MB"
