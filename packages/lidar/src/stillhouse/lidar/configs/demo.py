@@ -19,7 +19,7 @@ distill = dict(
     single_lr=2e-3,
 )
 optim = dict(name="adam", schedule="cosine")
-train = dict(clip_norm=1.0, log_every=20, threads=2)
+train = dict(clip_norm=1.0, log_every=20, threads=1)
 evaluate = dict(
     teacher_steps=(50, 8, 2), student_steps=(8, 2), teacher_guidance=1.0, steps=2, scans=1, levels=(0.5, 0.2)
 )
