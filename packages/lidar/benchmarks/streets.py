@@ -225,7 +225,7 @@ def gaps(parts: list[list[dict[str, Any]]]) -> list[str]:
     pairs = []
     for title, index in rows.items():
         row = parts[0][index]
-        if row["family"] == "few_step":
+        if row["family"] == "few_step" and not row["name"].endswith(tuple(ABLATIONS)):
             steps = title.split(", ")[-1]
             pairs += [(title, other) for other in (next(iter(rows)), f"teacher, {steps}") if other in rows]
             if row["name"] != plain_vsd and f"{plain_vsd}, {steps}" in rows:
