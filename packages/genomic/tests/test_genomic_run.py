@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from stillhouse.core.config import load_config
 from stillhouse.core.testing import run_ranks, run_script
 from stillhouse.genomic.cli import main
 from stillhouse.genomic.config import GenomicConfig
-from stillhouse.genomic.corpus import intersection, probe_tasks, read_corpus, restrict
-from stillhouse.genomic.data import Feature, Genome, Interval, introns, read_labelled
+from stillhouse.genomic.corpus import intersection, probe_tasks, read_corpus, restrict, without_copies
+from stillhouse.genomic.data import Feature, Genome, Interval, introns, pack, read_labelled
 from stillhouse.genomic.fit import fit_student, fit_teacher
 from stillhouse.genomic.run import ALONE, RANDOM, STUDENTS, TEACHER, config_of
 from stillhouse.genomic.scoring import probe
@@ -92,8 +93,9 @@ def test_no_weight_of_the_teacher_is_in_the_student(finished: Path) -> None:
 
 
 def test_the_student_is_a_model_of_transformers(finished: Path) -> None:
-    import stillhouse.genomic.huggingface  # noqa: F401, registers the classes
     from transformers import AutoModel, AutoModelForMaskedLM
+
+    import stillhouse.genomic.huggingface  # noqa: F401, registers the classes
 
     model = AutoModel.from_pretrained(finished / "student").eval()
     ids = torch.tensor([[7, 8, 9, 10, 7, 7]])
@@ -316,6 +318,19 @@ def test_a_restricted_genome_keeps_what_lies_inside_and_makes_no_splice_site_at_
     assert sum(len(f) for f in cut.features if f.type == "exon") == 300
 
 
+def test_windows_that_repeat_a_stretch_of_the_fitted_ones_are_not_scored() -> None:
+    rng = np.random.default_rng(0)
+    fit, score = (np.frombuffer(b"ACGT", np.uint8)[rng.integers(0, 4, (6, 90))].copy() for _ in range(2))
+    fit[4, 54] = fit[4, 86] = ord("A")
+    score[1, 10:42] = fit[4, 55:87]  # 32 letters
+    score[2, 10:41] = fit[4, 55:86]  # one fewer, and other letters beside it
+    score[2, 9] = score[2, 41] = ord("C")
+    score[3, 20:80] = fit[0, 20:80] = ord("N")
+    made = [pack("t", list(side), [0, 1] * 3, ("a", "b"), ["g"] * 6) for side in (fit, score)]
+    kept = {row.tobytes() for row in without_copies(*made).sequences}
+    assert kept == {row.tobytes() for row in score[[0, 2, 3, 4, 5]]}
+
+
 def test_intersection_counts_every_base_once() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -359,3 +374,27 @@ def test_a_shuffled_teacher_loses_what_the_true_one_gives() -> None:
             found.append(probe(encoder, task, resamples=100).mcc.estimate)
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     assert means["trained"] >= means["shuffled"] + 0.05, scores
+
+
+@pytest.mark.real_data
+def test_two_real_genomes_and_a_bacterium_are_cut_without_touching() -> None:
+    folder = Path(os.environ["STILLHOUSE_TEST_DATA"]) / "genomic"
+    names = ("celegans_1pct.fa", "athaliana_1pct.fa", "corynebacterium_NCTC11397.fna.gz")
+    models = (str(folder / "celegans_1pct.gff3"), str(folder / "athaliana_1pct.gff3"), "-")
+    config = load_config(GenomicConfig, "genomes_1pct", presets="stillhouse.genomic.configs")
+    data = replace(config.data, fasta=tuple(str(folder / name) for name in names), annotation=models)
+    config = replace(config, data=data)
+    corpus = read_corpus(config)
+    counts = corpus.counts()
+    assert 4.3e6 < sum(part["bases"] for part in counts.values()) < 4.66e6  # what lies between parts is gone
+    assert 0.2 < counts["test"]["bases"] / sum(part["bases"] for part in counts.values()) < 0.3
+    tasks, left_out = probe_tasks(corpus, config.evaluate, seed=0)
+    assert not left_out
+    assert [task.name.split(",")[0] for task in tasks] == ["donor", "acceptor", "regions", "species"]
+    for task in tasks:
+        assert not set(task.fit.groups) & set(task.score.groups)
+        assert not {row.tobytes() for row in task.fit.sequences} & {
+            row.tobytes() for row in task.score.sequences
+        }
+    window = corpus.training()[(0, 0)]
+    assert window.shape == (config.data.length,)

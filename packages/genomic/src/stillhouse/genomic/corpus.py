@@ -314,12 +314,16 @@ def probe_tasks(
         except DataError as error:
             left_out.append(f"no task {name!r}: {error}")
             continue
+        fit, score = sides[0], without_copies(*sides)
+        if len(np.unique(score.labels)) < len(score.classes):
+            left_out.append(f"no task {name!r}: its windows to score on are copies of windows to fit on")
+            continue
         site = name in ("donor", "acceptor")
         found.append(
             ProbeTask(
                 name=f"{name}, {settings.decoys} decoys" if site else name,
-                fit=sides[0],
-                score=sides[1],
+                fit=fit,
+                score=score,
                 pool=settings.site_pool if site else "mean" if name == "species" else settings.pool,
                 middle=settings.site_middle if site else settings.middle,
                 note=_NOTES.get(settings.decoys if site else name, ""),
@@ -328,6 +332,31 @@ def probe_tasks(
         if progress is not None:
             progress(done + 1, len(settings.tasks))
     return found, left_out
+
+
+def without_copies(fit: Sequences, score: Sequences, *, word: int = 32) -> Sequences:
+    """What is left to score on without windows that repeat a stretch of a window that a probe was fitted on.
+
+    Genomes hold copies of genes; a window whose copy was fitted on says nothing about others.
+
+    Args:
+        fit: windows to fit on.
+        score: windows to score on, read on the same strand.
+        word: length of a stretch that counts as a copy, bp; stretches with N do not.
+    """
+    known = np.unique(_words(fit.sequences, word))
+    found = _words(score.sequences, word)
+    return score.subset(~(np.isin(found, known) & (found != b"")).any(1))
+
+
+def _words(windows: np.ndarray, word: int) -> np.ndarray:
+    """All stretches of windows as byte strings [N, L − word + 1]; those with N are empty."""
+    if windows.shape[1] < word:
+        return np.zeros((len(windows), 0), f"S{word}")
+    cut = np.lib.stride_tricks.sliding_window_view(windows, word, axis=1)
+    words = np.ascontiguousarray(cut).view(f"S{word}")[..., 0]
+    words[(cut == ord("N")).any(-1)] = b""
+    return words
 
 
 _NOTES = {
