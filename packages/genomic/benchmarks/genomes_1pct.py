@@ -35,6 +35,7 @@ from stillhouse.genomic.fit import fit_student, fit_teacher
 from stillhouse.genomic.metrics import mcc
 from stillhouse.genomic.scoring import ProbeTask, probe
 from stillhouse.genomic.student import preset as student_preset
+from stillhouse.genomic.student.store import load_student, save_student
 from stillhouse.genomic.teacher import (
     KmerTeacher,
     Teacher,
@@ -42,6 +43,7 @@ from stillhouse.genomic.teacher import (
     load_teacher,
     save_teacher,
 )
+from stillhouse.genomic.tokenizers import CharacterTokenizer
 
 PRESET = "genomes_1pct"
 TEACHER, UNTRAINED = "teacher", "teacher before training"
@@ -125,12 +127,24 @@ def study(config: GenomicConfig, out: Path, seeds: list[int], rows: list[str], p
             target = out / f"{_slug(name)}-{seed}-{part}.json"
             if name in (UNTRAINED, TEACHER) or target.exists():
                 continue
-            own = of_row(config, name)
-            begun = time.process_time()
-            encoder, _, facts = fit_student(own, corpus, teacher, seed=seed, out=None, quiet=True)
-            facts = {"steps": facts["steps"], "terms": facts.get("terms", {})}
-            facts["cpu"] = round(time.process_time() - begun, 1)
+            encoder, facts = the_student(of_row(config, name), corpus, teacher, name, seed, out)
             _record(target, name, seed, encoder, tasks, facts, part)
+
+
+def the_student(
+    config: GenomicConfig, corpus: Corpus, teacher: Teacher, name: str, seed: int, out: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The student of a row: trained and kept, or read where another part was scored before."""
+    folder = out / "students" / f"{_slug(name)}-{seed}"
+    if (folder / "artifact.json").is_file():
+        loaded = load_student(folder)
+        return loaded.encoder, dict(loaded.artifact.metrics)
+    begun = time.process_time()
+    encoder, decoder, found = fit_student(config, corpus, teacher, seed=seed, out=None, quiet=True)
+    facts = {"steps": found["steps"], "terms": found.get("terms", {})}
+    facts["cpu"] = round(time.process_time() - begun, 1)
+    save_student(folder, encoder, decoder, CharacterTokenizer(), training=to_dict(config), metrics=facts)
+    return encoder, facts
 
 
 def of_row(config: GenomicConfig, name: str) -> GenomicConfig:
