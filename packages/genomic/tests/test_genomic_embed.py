@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.genomic.distiller import view_of
 from stillhouse.genomic.embed import embed_file, embed_windows, tiles_of
 from stillhouse.genomic.heads import other_strand
 from stillhouse.genomic.student import Encoder, StudentConfig, build_student
@@ -107,6 +108,85 @@ def test_conjoined_embeddings_are_those_of_both_strands(student: Encoder, pool: 
     else:
         np.testing.assert_allclose(first, second, atol=1e-5)
         assert not np.allclose(first, embed_windows(student, x, lengths=lengths, pool=pool), atol=1e-4)  # type: ignore[arg-type]
+
+
+# ---- N at the ends: padding, as in pre-training
+
+
+def in_n(x: np.ndarray, left: int, right: int) -> np.ndarray:
+    return np.pad(x, ((0, 0), (left, right)), constant_values=ord("N"))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "gdn", "transformer"])
+def test_n_at_either_end_changes_nothing(kind: str) -> None:
+    torch.manual_seed(0)
+    model = build_student(StudentConfig(kind=kind, width=16, gdn_layers=1, conv_layers=1, attention_heads=2))  # type: ignore[arg-type]
+    x = letters(2, 14)
+    x[:, 6] = ord("N")  # between nucleotides: a letter
+    wide = in_n(x, 3, 5)
+    for conjoin in (False, True):
+        alone, each = (embed_windows(model, x, pool=p, conjoin=conjoin) for p in ("mean", "none"))  # type: ignore[arg-type]
+        np.testing.assert_allclose(embed_windows(model, wide, conjoin=conjoin), alone, atol=1e-5)
+        shown = embed_windows(model, wide, pool="none", conjoin=conjoin)
+        np.testing.assert_allclose(shown[:, 3:17], each, atol=1e-5)
+        assert (shown[:, :3] == 0).all()
+        assert (shown[:, 17:] == 0).all()
+        assert (shown[:, 9] != 0).any()
+
+
+def test_the_centre_is_that_of_the_window(student: Encoder) -> None:
+    x = letters(2, 20)
+    wide = in_n(x[:, 4:], 4, 0)  # the window reaches over the beginning of its record
+    each = embed_windows(student, wide, pool="none")
+    np.testing.assert_allclose(
+        embed_windows(student, wide, pool="center", middle=4), each[:, 8:12].mean(1), atol=1e-5
+    )
+    gone = in_n(x[:, 11:], 11, 0)  # of the middle four only one is there
+    each = embed_windows(student, gone, pool="none")
+    np.testing.assert_allclose(embed_windows(student, gone, pool="center", middle=4), each[:, 11], atol=1e-5)
+
+
+def test_a_window_of_n_alone_is_zero(student: Encoder, teacher: KmerTeacher) -> None:
+    x = np.concatenate([letters(1, 12), np.full((1, 12), ord("N"), np.uint8)])
+    for model in (student, teacher):
+        for pool in ("mean", "center", "none"):
+            found = embed_windows(model, x, pool=pool, conjoin=True)  # type: ignore[arg-type]
+            assert (found[1] == 0).all()
+            np.testing.assert_allclose(
+                found[0], embed_windows(model, x[:1], pool=pool, conjoin=True)[0], atol=1e-5  # type: ignore[arg-type]
+            )  # fmt: skip
+
+
+def test_a_teacher_pools_nucleotides_and_stops_at_the_last(teacher: KmerTeacher) -> None:
+    x = letters(2, 12)
+    np.testing.assert_allclose(embed_windows(teacher, in_n(x, 0, 4)), embed_windows(teacher, x), atol=1e-5)
+    each = embed_windows(teacher, in_n(x, 3, 0), pool="none")
+    assert (each[:, :3] == 0).all()
+    np.testing.assert_allclose(embed_windows(teacher, in_n(x, 3, 0)), each[:, 3:].mean(1), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text("ACGTN", min_size=9, max_size=9), min_size=1, max_size=4))
+def test_the_rule_is_that_of_pre_training(rows: list[str]) -> None:
+    """What a student is given when it embeds is what it is given when it is trained."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Spy(torch.nn.Module):
+        width = 2
+
+        def forward(self, ids: torch.Tensor, *, attend: torch.Tensor) -> torch.Tensor:
+            seen.append((ids, attend))
+            return torch.zeros(*ids.shape, 2)
+
+    x = np.stack([np.frombuffer(row.encode(), np.uint8) for row in rows])
+    embed_windows(Spy(), x)
+    view = view_of(x, CharacterTokenizer(), KmerTokenizer(3))
+    torch.testing.assert_close(seen[0][0], view.ids)
+    torch.testing.assert_close(seen[0][1], view.attend)
+    for row, real in zip(rows, view.attend.tolist(), strict=True):
+        inner = row.strip("N")
+        start = row.index(inner) if inner else 0
+        assert real == [start <= at < start + len(inner) for at in range(9)]
 
 
 def test_embedding_leaves_the_model_as_it_was(student: Encoder) -> None:

@@ -192,7 +192,7 @@ def test_strands_with_padding() -> None:
     assert (other_strand(other_strand(x, [4, 6]), [4, 6]) == x).all()
     assert left_padded(x, [4, 6]).tobytes() == b"NNAACG" + b"ACGTAC"
     marks = torch.arange(6.0).repeat(2, 1)[..., None]
-    assert flipped(marks, attended([4, 6], 6))[..., 0].tolist() == [[3, 2, 1, 0, 4, 5], [5, 4, 3, 2, 1, 0]]
+    assert flipped(marks, [4, 6])[..., 0].tolist() == [[3, 2, 1, 0, 4, 5], [5, 4, 3, 2, 1, 0]]
 
 
 class Toy(nn.Module):
@@ -234,6 +234,25 @@ def test_padding_does_not_change_a_classification() -> None:
     torch.testing.assert_close(classifier(letters(b"ACGTANNN"), [5]), alone)
     reference = Classifier(Toy(), Head(4, 2, compat="reference"), CharacterTokenizer()).eval()
     assert not torch.allclose(reference(letters(b"ACGTANNN"), [5]), reference(letters(b"ACGTA")))
+
+
+@pytest.mark.parametrize("compat", ["none", "reference"])
+def test_a_classifier_does_not_read_n_at_the_ends(compat: str) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Spy(Toy):
+        def forward(self, ids: torch.Tensor, *, attend: torch.Tensor | None = None) -> torch.Tensor:
+            assert attend is not None
+            read = "".join("ACGTN"[i - 7] if i >= 7 else "." for i in ids[0].tolist())
+            seen.append((read, "".join(".#"[int(real)] for real in attend[0])))
+            return super().forward(ids, attend=attend)
+
+    classifier = Classifier(Spy(), Head(4, 2, "center", compat=compat), CharacterTokenizer())  # type: ignore[arg-type]
+    classifier(letters(b"NACNGNNNN"), [7])
+    left = compat == "reference"  # there the window stands at the right end
+    assert seen == [("...ACNG..", "...####..") if left else (".ACNG....", ".####....")]
+    *_, inside = classifier.prepare(letters(b"NACNGNNNN"), [7])
+    assert int(inside.sum()) == 7
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,33 @@ def attended(lengths: Tensor | npt.ArrayLike, width: int) -> Tensor:
     return torch.arange(width, device=ends.device) < ends[:, None]
 
 
+def real_letters(windows: Bytes, lengths: Tensor | npt.ArrayLike | None = None) -> Tensor:
+    """The positions of windows that a student reads: everything from the first nucleotide to the last.
+
+    N at either end is padding, whether it fills a window up, stands for what lies over the end of a record,
+    or is the edge of a gap; N between nucleotides is a letter of its own. Pre-training, fine-tuning, probes,
+    embeddings and variant scores all follow this rule.
+
+    Args:
+        windows: letters A C G T N, uint8 [B, L].
+        lengths: [B]; what lies behind is padding whatever it is. None: L.
+
+    Returns:
+        bool [B, L]; all False for a window without a nucleotide.
+
+    Example:
+        >>> real_letters(np.frombuffer(b"NANCGN", np.uint8)[None]).int().tolist()
+        [[0, 1, 1, 1, 1, 0]]
+    """
+    x = np.asarray(windows)
+    known = x != ord("N")
+    if lengths is not None:
+        known &= attended(lengths, x.shape[1]).cpu().numpy()
+    ahead = np.logical_or.accumulate(known, axis=1)
+    behind = np.logical_or.accumulate(known[:, ::-1], axis=1)[:, ::-1]
+    return torch.from_numpy(ahead & behind)
+
+
 def left_padded(windows: Bytes, lengths: npt.ArrayLike) -> Bytes:
     """Move the padding of windows from the right to the left, as the reference's loaders have it.
 
@@ -88,35 +115,44 @@ def other_strand(windows: Bytes, lengths: npt.ArrayLike | None = None) -> Bytes:
     return np.take_along_axis(turned, place, axis=1)
 
 
-def flipped(features: Tensor, attend: Tensor) -> Tensor:
-    """Reverse the real positions of right-padded features.
+def flipped(features: Tensor, lengths: Tensor | npt.ArrayLike) -> Tensor:
+    """Reverse the positions of features of windows that are padded on the right.
 
     Args:
         features: [B, L, …].
-        attend: bool [B, L], True at real positions, which come first.
+        lengths: [B].
 
     Returns:
-        [B, L, …]: position i has what position length − 1 − i had; padding keeps what it had.
+        [B, L, …]: position i has what position length − 1 − i had; what lies behind stays.
     """
-    lengths = attend.sum(dim=1, keepdim=True)
-    place = torch.arange(attend.shape[1], device=attend.device)
-    index = torch.where(attend, lengths - 1 - place, place)
+    ends = torch.as_tensor(lengths, device=features.device)[:, None]
+    place = torch.arange(features.shape[1], device=features.device)
+    index = torch.where(place < ends, ends - 1 - place, place)
     index = index.view(*index.shape, *(1,) * (features.dim() - 2)).expand_as(features)
     return features.gather(1, index)
 
 
 def pooled(
-    features: Tensor, attend: Tensor, pool: Pool = "mean", *, compat: Compat = "none", middle: int = 6
+    features: Tensor,
+    attend: Tensor,
+    pool: Pool = "mean",
+    *,
+    compat: Compat = "none",
+    middle: int = 6,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """One vector a window.
 
     Args:
         features: [B, L, d].
         attend: bool [B, L], True at real positions.
-        pool: "mean" of the real positions, or "center", the mean of the middle ones.
+        pool: "mean" of the real positions, or "center", the mean of those among the middle ones of the
+            window.
         compat: "reference" divides the sum over *all* positions by L: padding is counted, as in Caduceus'
             and HyenaDNA's sequence decoders.
         middle: positions that "center" takes, where there are as many.
+        inside: bool [B, L], what the window is of which "center" takes the middle: it is not moved by N at an
+            end of the window. None: `attend`.
 
     Returns:
         [B, d]; zero for a window without a real position.
@@ -139,8 +175,9 @@ def pooled(
         return features.mean(dim=1)
     chosen = attend
     if pool == "center":
-        place = attend.cumsum(dim=1) - 1  # rank among the real positions
-        length = attend.sum(dim=1, keepdim=True)
+        window = attend if inside is None else inside
+        place = window.cumsum(dim=1) - 1  # rank in the window
+        length = window.sum(dim=1, keepdim=True)
         first = (length - middle).clamp_min(0) // 2
         chosen = attend & (place >= first) & (place < first + middle)
     elif pool != "mean":
@@ -191,10 +228,13 @@ class Head(nn.Module):
         self.compat: Compat = compat
         self.linear = nn.Linear(width, classes, bias=bias)
 
-    def forward(self, features: Tensor, attend: Tensor | None = None) -> Tensor:
-        """Logits [B, C]; see the class."""
+    def forward(
+        self, features: Tensor, attend: Tensor | None = None, *, inside: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, C]; see the class, and `pooled` for `inside`."""
         real = features.new_ones(features.shape[:2], dtype=torch.bool) if attend is None else attend
-        logits: Tensor = self.linear(pooled(features, real, self.pool, compat=self.compat))
+        vectors = pooled(features, real, self.pool, compat=self.compat, inside=inside)
+        logits: Tensor = self.linear(vectors)
         return logits
 
 
@@ -220,23 +260,28 @@ class Classifier(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def prepare(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> tuple[Tensor, Tensor]:
-        """Ids int64 [B, L] and the mask of real positions, bool [B, L], on the CPU; see the class."""
-        ends = np.full(len(windows), windows.shape[1]) if lengths is None else np.asarray(lengths)
-        attend = attended(ends, windows.shape[1])
-        if self.head.compat == "reference":
-            windows, attend = left_padded(windows, ends), attend.flip(1)
-        return padded_ids(self._tokenizer, windows, attend, "cpu")
+    def prepare(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `logits` takes, on the CPU; see the class.
 
-    def logits(self, ids: Tensor, attend: Tensor) -> Tensor:
+        Returns:
+            Ids int64 [B, L]; the positions that are read (see `real_letters`) and those of the windows
+            themselves, N at their ends included, both bool [B, L].
+        """
+        ends = np.full(len(windows), windows.shape[1]) if lengths is None else np.asarray(lengths)
+        inside, attend = attended(ends, windows.shape[1]), real_letters(windows, ends)
+        if self.head.compat == "reference":
+            windows, inside = left_padded(windows, ends), inside.flip(1)
+            attend = real_letters(windows) & inside
+        return *padded_ids(self._tokenizer, windows, attend, "cpu"), inside
+
+    def logits(self, ids: Tensor, attend: Tensor, inside: Tensor) -> Tensor:
         """Logits [B, C] of what `prepare` made."""
-        out: Tensor = self.head(self.encoder(ids, attend=attend), attend)
+        out: Tensor = self.head(self.encoder(ids, attend=attend), attend, inside=inside)
         return out
 
     def forward(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> Tensor:
         """Logits [B, C]; see the class."""
-        ids, attend = self.prepare(windows, lengths)
-        return self.logits(ids.to(self.device), attend.to(self.device))
+        return self.logits(*(part.to(self.device) for part in self.prepare(windows, lengths)))
 
     @torch.no_grad()
     def conjoined(self, windows: Bytes, lengths: npt.ArrayLike | None = None) -> Tensor:

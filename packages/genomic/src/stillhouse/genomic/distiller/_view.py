@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..heads import real_letters
 from ..tokenizers import CharacterTokenizer, KmerTokenizer, KmerTokens
 
 _PLACE = np.full(256, -1, np.int64)
 _PLACE[np.frombuffer(b"ACGT", np.uint8)] = np.arange(4)
-_N = ord("N")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,8 @@ def view_of(
     """
     letters = windows.cpu().numpy() if isinstance(windows, Tensor) else np.asarray(windows)
     ids = characters.encode(letters)
-    known = letters != _N
-    attend = np.logical_or.accumulate(known, 1) & np.logical_or.accumulate(known[:, ::-1], 1)[:, ::-1]
-    width = letters.shape[1]
-    ends = np.where(known.any(1), width - known[:, ::-1].argmax(1), 0)
-    real = torch.from_numpy(attend)
+    real = real_letters(letters)
+    ends = (real * torch.arange(1, letters.shape[1] + 1)).amax(1).numpy()  # one past the last nucleotide
     return View(
         ids=ids.masked_fill(~real, characters.pad_id),
         attend=real,

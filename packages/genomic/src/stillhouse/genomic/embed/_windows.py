@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..heads import Bytes, attended, flipped, other_strand, padded_ids, pooled
+from ..heads import Bytes, attended, flipped, other_strand, padded_ids, pooled, real_letters
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -37,12 +37,17 @@ def embed_windows(
     A teacher's tokens are spread to the characters they stand for, by the map of its tokenizer, so that
     "mean" weighs each by its characters and "center" takes the same bases for every model.
 
+    N at either end of a window is padding, as in pre-training (see `heads.real_letters`): a student does not
+    read it and no pool counts it, so that a window is embedded as it is without. It still has its place: the
+    centre is that of the window. A teacher's tokens end with the last nucleotide; N ahead of the first is
+    read as the teacher's own tokens for it. N between nucleotides is a letter.
+
     Args:
         model: a student's encoder (ids int64 [B, L], `attend=` → [B, L, d]), or a `Teacher`.
         windows: letters, uint8 [N, L]; shorter sequences padded with N on the right.
         lengths: [N] real lengths, ≥ 1; None: all of every window is real.
-        pool: "mean" over the real positions, "center" over the `middle` positions around the centre, or
-            "none", one vector a position.
+        pool: "mean" over the real positions, "center" over those among the `middle` positions around the
+            centre, or "none", one vector a position.
         batch: windows at a time.
         device: where to compute; None leaves the model where it is.
         conjoin: average with the embedding of the reverse complement (of each position, where "none").
@@ -50,7 +55,7 @@ def embed_windows(
         progress: called with the number of windows done since the last call.
 
     Returns:
-        float32 [N, d], or [N, L, d] for "none", zero at padding.
+        float32 [N, d], or [N, L, d] for "none"; zero at padding, and for a window of N alone.
 
     Raises:
         ValueError: shapes or options that do not fit.
@@ -76,11 +81,12 @@ def embed_windows(
             features, attend = _features(model, rows, lengths_of, place)
             if conjoin:
                 turned, _ = _features(model, other_strand(rows, lengths_of), lengths_of, place)
-                features = (features + flipped(turned, attend)) / 2
+                features = (features + flipped(turned, lengths_of)) / 2
             if pool == "none":
                 out = features.masked_fill(~attend[..., None], 0.0)
             else:
-                out = pooled(features, attend, pool, middle=middle)
+                inside = attended(lengths_of, rows.shape[1]).to(attend.device)
+                out = pooled(features, attend, pool, middle=middle, inside=inside)
             parts.append(out.float().cpu().numpy())
             if progress is not None:
                 progress(len(rows))
@@ -96,14 +102,16 @@ def _features(
     model: nn.Module | Teacher, windows: Bytes, lengths: npt.NDArray[Any], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """One vector a character [B, L, d], and which of them are real, bool [B, L]."""
-    attend = attended(lengths, windows.shape[1])
+    attend = real_letters(windows, lengths)
     if isinstance(model, nn.Module):
         from ..tokenizers import CharacterTokenizer
 
         ids, attend = padded_ids(CharacterTokenizer(), windows, attend, device)
         features: Tensor = model(ids, attend=attend)
         return features, attend
-    tokens = model.tokenizer.encode(windows, lengths).to(device)
+    place = torch.arange(1, windows.shape[1] + 1)
+    ends = (attend * place).amax(1).numpy()  # one past the last nucleotide, as `view_of` has it
+    tokens = model.tokenizer.encode(windows, ends).to(device)
     return tokens.spread(model.features(tokens)[0].to(device)), attend.to(device)
 
 

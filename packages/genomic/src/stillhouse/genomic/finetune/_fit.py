@@ -140,7 +140,7 @@ def finetune(
         probabilities = probabilities_of(classifier, test, conjoin=config.conjoin, batch=config.batch)
         keys = tuple(dict.fromkeys(("accuracy", "mcc", "auroc", scorer.key)))
         found = score(
-            test.labels, probabilities, keys=keys, groups=_groups(test), resamples=500, seed=config.seed
+            test.labels, probabilities, keys=keys, groups=groups_of(test), resamples=500, seed=config.seed
         )
         results.append(SeedResult(seed, kept + 1, history[kept], tuple(history), found, probabilities))
         if best is None or history[kept] > best[0]:
@@ -194,9 +194,9 @@ class _Distiller:
     def roles(self, step: int) -> Sequence[str]:
         return ("classifier",)
 
-    def loss(self, role: str, batch: tuple[Tensor, Tensor, Tensor], step: Step) -> Losses:
-        ids, attend, labels = batch
-        loss = F.cross_entropy(self.classifier.logits(ids, attend), labels)
+    def loss(self, role: str, batch: tuple[Tensor, Tensor, Tensor, Tensor], step: Step) -> Losses:
+        ids, attend, inside, labels = batch
+        loss = F.cross_entropy(self.classifier.logits(ids, attend, inside), labels)
         return Losses(loss, {"cross_entropy": loss})
 
 
@@ -239,10 +239,11 @@ def _train(
     per_epoch = len(fit) // batch
     steps = per_epoch * config.epochs
 
-    def collate(items: Sequence[tuple[npt.NDArray[np.uint8], int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def collate(
+        items: Sequence[tuple[npt.NDArray[np.uint8], int, int]],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         windows, lengths, labels = zip(*items, strict=True)
-        ids, attend = classifier.prepare(np.stack(windows), np.array(lengths))
-        return ids, attend, torch.tensor(labels)
+        return *classifier.prepare(np.stack(windows), np.array(lengths)), torch.tensor(labels)
 
     loader = SeededLoader(
         _Windows(data, fit, augment=config.augment), batch_size=batch, seed=seed, collate=collate
@@ -301,7 +302,7 @@ def _hold_out(
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _groups(data: Sequences) -> npt.NDArray[Any] | None:
+def groups_of(data: Sequences) -> npt.NDArray[Any] | None:
     """Groups of the test part, None where they are not known or all one."""
     if len(data.groups) != len(data.labels) or len(set(data.groups)) < 2:
         return None

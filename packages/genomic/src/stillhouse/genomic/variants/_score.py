@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stillhouse.core.errors import ConfigError, DataError
 
 from .._atomic import replacing
-from ..heads import CharacterCoder, attended, other_strand, padded_ids
+from ..heads import CharacterCoder, other_strand, padded_ids, real_letters
 from ._vcf import Variant, is_bases, read_vcf
 from ._window import Site, site_of, windows_of
 
@@ -382,7 +382,7 @@ class _Scorer:
         self, windows: npt.NDArray[np.uint8], lengths: npt.NDArray[Any], hidden: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
         """Log-probabilities [B, L, 4] of A, C, G, T at hidden positions."""
-        attend = attended(lengths, windows.shape[1])
+        attend = real_letters(windows, lengths)
         ids, attend = padded_ids(self._tokenizer, windows, attend, self._device)
         masked = torch.from_numpy(hidden).to(self._device)
         ids = ids.masked_fill(masked, self._mask_id)
