@@ -19,7 +19,10 @@ from stillhouse.genomic.student import MaskedDecoder, StudentConfig, build_stude
 from stillhouse.genomic.student.store import save_student
 from stillhouse.genomic.tokenizers import CharacterTokenizer
 
-VERBS = ("pretrain", "finetune", "evaluate", "embed", "score-variants", "report", "tasks", "simulate", "demo")
+VERBS = (
+    *("pretrain", "finetune", "predict", "evaluate", "embed", "score-variants", "report", "tasks"),
+    *("simulate", "demo"),
+)
 HEADER = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
 GENE = "ACGTTGCATGCCGATTACGGATCCTAGCTAGGCTTAACGGTACCATTGACCATGCGTACGATCGGATATCCGA"
 

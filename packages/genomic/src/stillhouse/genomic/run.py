@@ -222,20 +222,25 @@ def probe_all(
 
 
 def evaluate(artifact: Path, data: Path | None, config: GenomicConfig, run: Run) -> dict[str, Any]:
-    """Probe a finished student.
+    """Probe a finished student, or score a fine-tuned classifier.
 
     Args:
-        artifact: the student's folder, or a run's.
-        data: labelled sequences with columns `group` and `split` (CSV, TSV, Parquet), as `tasks` writes them; None takes the tasks of the run
-            that made the student, cut from the genomes that `config` names.
+        artifact: the student's folder, or a run's; or a classifier's, or that of its fine-tuning.
+        data: labelled sequences with columns `group` and `split` (CSV, TSV, Parquet), as `tasks` writes them;
+            None takes the tasks of the run that made the student, cut from the genomes that `config` names. A
+            classifier needs labels alone: it is scored on the rows of the split `test`, or on all where there
+            is no split.
         config: says where the genomes are when `data` is None.
         run: where `evaluation.json` goes.
 
     Raises:
         DataError: data or artefact cannot be used.
     """
+    from .finetune import evaluate_classifier, is_classifier
     from .student.store import load_student
 
+    if is_classifier(artifact):
+        return evaluate_classifier(artifact, data, run, batch=config.evaluate.batch)
     loaded = load_student(artifact, device=str(run.torch_device()))
     notes: list[str] = []
     if data is None:

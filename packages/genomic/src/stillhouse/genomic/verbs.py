@@ -1,4 +1,4 @@
-"""The verbs of the trade: pretrain, finetune, embed, score-variants, tasks, simulate. Light: for `--help`."""
+"""The verbs of the trade: pretrain, finetune, predict, embed, score variants, tasks, simulate; light."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     _add_pretrain(app)
     _add_finetune(app)
+    _add_predict(app)
     _add_embed(app)
     _add_score(app)
     _add_tasks(app)
@@ -197,6 +198,75 @@ def _add_finetune(app: typer.Typer) -> None:
                 student, task, config, run, test=test, reference=reference, scratch=scratch
             )
         run.finish(result)
+
+
+def _add_predict(app: typer.Typer) -> None:
+    @app.command(help="Class probabilities of sequences, from a fine-tuned classifier.")
+    def predict(
+        classifier: Annotated[
+            Path,
+            typer.Argument(
+                metavar="CLASSIFIER", help="Folder of a classifier, or of the fine-tuning that made it."
+            ),
+        ],
+        sequences: Annotated[
+            list[Path],
+            typer.Argument(
+                metavar="SEQUENCES…",
+                help="FASTA, plain, gz or bgzf; CSV, TSV or Parquet with a column `sequence`; BED with "
+                "--reference.",
+            ),
+        ],
+        out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write: .tsv or .parquet.")],
+        reference: Annotated[
+            Path | None, typer.Option("--reference", metavar="FASTA", help="Genome of the BED.")
+        ] = None,
+        window: Annotated[
+            int | None,
+            typer.Option(
+                "--window", min=8, help="Cut longer sequences into windows of this length, each a row."
+            ),
+        ] = None,
+        overlap: Annotated[
+            int, typer.Option("--overlap", min=0, help="Bases that neighbouring windows share.")
+        ] = 0,
+        batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 32,
+        conjoin: Annotated[
+            bool | None,
+            typer.Option(
+                "--conjoin/--no-conjoin",
+                help="Average the logits of both strands.",
+                show_default="as the classifier was scored",
+            ),
+        ] = None,
+        device: DeviceOption = "auto",
+        json: JsonOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        run = Run(out=out.parent, device=device, json=json, verbose=verbose)
+        with speaking(run):
+            from .finetune import load_classifier
+            from .predict import check_options, predict_files
+
+            check_options(out, sequences, window=window, overlap=overlap)
+            if not classifier.is_dir():
+                raise ConfigError(f"{classifier}: no such folder; give the folder of a classifier")
+            loaded = load_classifier(classifier, device=str(run.torch_device()))
+            with run.progress("Predicting") as bar:
+                done = predict_files(
+                    loaded,
+                    sequences,
+                    out,
+                    reference=reference,
+                    window=window,
+                    overlap=overlap,
+                    batch=batch,
+                    conjoin=conjoin,
+                    progress=lambda count: bar.advance(count),
+                )
+            if not json:
+                run.say(done.summary())
+        run.finish({"file": str(out), **done.to_dict()})
 
 
 def _add_embed(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""The verb `finetune`: files in, `finetune.json`, predictions and a report out."""
+"""The verb `finetune`: files in; a classifier, `finetune.json`, predictions and a report out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from stillhouse.core.run import Run, jsonable
 from .._atomic import replacing
 from ._config import FinetuneConfig
 from ._fit import FinetuneResult, check_parts, finetune
+from ._store import FOLDER, save_classifier
 
 if TYPE_CHECKING:
+    from stillhouse.core.artifact import Artifact
+
     from ..data import Sequences
+    from ..student.store import Loaded
 
 
 def finetune_student(
@@ -41,13 +45,14 @@ def finetune_student(
         student: its folder, or the folder of its run.
         task: see `read_parts`.
         config: the protocol.
-        run: where `finetune.json`, `predictions.tsv`, the logs and the report go, and the device.
+        run: where the classifier of the best seed, `finetune.json`, `predictions.tsv`, the logs and the
+            report go, and the device.
         test: the test part, where `task` has no splits.
         reference: the genome of a folder of Genomic Benchmarks.
         scratch: forget the weights.
 
     Returns:
-        `report`, the metric and its value over the seeds.
+        `artifact`, the classifier; `report`; the metric and its value over the seeds.
 
     Raises:
         DataError: a file cannot be used; nothing is written then.
@@ -75,7 +80,52 @@ def finetune_student(
             out=run.create(),
             progress=lambda count: bar.advance(count),
         )
-    return _write(found, test_part, config, run, student=student, task=task, scratch=scratch)
+    saved = _save(found, train_part, config, run, loaded, scratch=scratch)
+    result = _write(found, test_part, config, run, student=student, task=task, scratch=scratch)
+    return {"artifact": str(saved.folder), **result}
+
+
+def _save(
+    found: FinetuneResult,
+    train: Sequences,
+    config: FinetuneConfig,
+    run: Run,
+    loaded: Loaded,
+    *,
+    scratch: bool,
+) -> Artifact:
+    """Write the classifier of the seed with the best validation score; it inherits the student's terms."""
+    from ..student.store import licence_of
+
+    best = max(found.seeds, key=lambda one: one.validation)
+    own = {"what": "labelled sequences", "name": train.name, "licence": "as their owner says"}
+    inherited = [] if scratch else list(loaded.artifact.provenance.get("licences", ()))
+    value = best.scores[found.key]
+    start = "random weights" if scratch else "a pre-trained student"
+    card = (
+        f"# A classifier of DNA: {train.name}\n\n"
+        f"Tells {', '.join(train.classes)} apart. Fine-tuned from {start} on {found.sizes['train']} "
+        f"sequences of up to {train.lengths.max()} bp, seed {best.seed} of {len(found.seeds)}, the one with "
+        f"the best validation score; epoch {best.epoch}.\n\n"
+        f"{found.metric} on {found.sizes['test']} test sequences: {value.estimate:.3f} [{value.low:.3f}, "
+        f"{value.high:.3f}]; over all seeds {found.summary[found.key]['mean']:.3f}."
+    )
+    return save_classifier(
+        run.path(FOLDER),
+        found.classifier,
+        train.classes,
+        config,
+        length=int(train.lengths.max()),
+        card=card,
+        licence="unknown" if scratch else licence_of(loaded),
+        licences=[*inherited, own],
+        training=loaded.training,
+        metrics=jsonable({"seed": best.seed, **found.to_dict()}),
+        provenance={
+            "dataset": {"name": train.name, "sizes": dict(found.sizes)},
+            "student": None if scratch else {"digest": loaded.artifact.digest},
+        },
+    )
 
 
 def read_parts(
@@ -99,9 +149,9 @@ def read_parts(
     elif task.is_dir():
         whole = read_nt_benchmark(task)
     else:
-        whole = read_labelled(task, **_own_columns(task))
+        whole = read_labelled(task, **own_columns(task))
     if test is not None:
-        columns = _own_columns(test) | {"split": None}
+        columns = own_columns(test) | {"split": None}
         return whole, read_labelled(test, classes=whole.classes, **columns)
     marks = np.asarray(whole.split if whole.split is not None else ())
     if "test" not in marks:
@@ -109,7 +159,7 @@ def read_parts(
     return whole.subset(marks != "test"), whole.subset(marks == "test")
 
 
-def _own_columns(path: Path) -> dict[str, str | None]:
+def own_columns(path: Path) -> dict[str, str | None]:
     """The columns `group` and `split`, where a table has them; what cannot be read is told by the reader."""
     try:
         with open(path, "rb") as file:

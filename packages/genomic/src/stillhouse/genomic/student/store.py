@@ -202,11 +202,12 @@ def describe(
     }
 
 
-def front_matter(licence: str) -> str:
+def front_matter(licence: str, *, library: str = "transformers") -> str:
     """YAML that opens a model card: licence, library, tags.
 
     Args:
         licence: SPDX identifier or name; written in lower case, as the hub's identifiers are.
+        library: what reads the model.
 
     Example:
         >>> print(front_matter("CC-BY-NC-SA-4.0").splitlines()[1])
@@ -216,7 +217,14 @@ def front_matter(licence: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):  # a name in words is not an identifier
         name = "other\nlicense_name: " + json.dumps(licence.strip(), ensure_ascii=False)
     tags = "".join(f"- {tag}\n" for tag in ("genomics", "dna", "knowledge-distillation"))
-    return f"---\nlicense: {name}\nlibrary_name: transformers\ntags:\n{tags}---\n\n"
+    return f"---\nlicense: {name}\nlibrary_name: {library}\ntags:\n{tags}---\n\n"
+
+
+def licence_of(loaded: Loaded) -> str:
+    """The licence that a student's card states; "unknown" where it states none."""
+    from ..teacher import find_licence
+
+    return find_licence(loaded.card, {}, ()) or "unknown"
 
 
 def _usage(*, masked: bool) -> str:

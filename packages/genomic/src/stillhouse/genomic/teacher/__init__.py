@@ -22,6 +22,7 @@ from ._kmer_teacher import KmerTeacher as KmerTeacher
 from ._kmer_transformer import KmerTransformer as KmerTransformer
 from ._kmer_transformer import KmerTransformerConfig as KmerTransformerConfig
 from ._licence import NTV2_LICENCE as NTV2_LICENCE
+from ._licence import find_licence as find_licence
 from ._licence import licence_terms as licence_terms
 from ._marginal import nucleotide_marginals as nucleotide_marginals
 from ._masked_language import Corrupted as Corrupted
