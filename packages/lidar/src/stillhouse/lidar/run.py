@@ -39,7 +39,7 @@ from .fit import (
 )
 from .networks import SinglePassNet
 from .samplers import keep_scene
-from .scoring import TITLES, Scored, contenders_of, scene_pairs, score
+from .scoring import REFINED, TITLES, Scored, contenders_of, scene_pairs, score
 
 if TYPE_CHECKING:
     from .io import ScanSource
@@ -210,7 +210,7 @@ def table_of(rows: Sequence[Scored], config: LidarConfig) -> list[RowResult]:
                     metric: row.interval(metric, resamples=config.evaluate.resamples) for metric in row.values
                 },
                 model=contender.name,
-                undistilled=contender.name == TITLES["single_pass_alone"],
+                undistilled=contender.name.startswith(TITLES["single_pass_alone"]),
             )
         )
     return found
@@ -435,7 +435,8 @@ def _save_student(
 ) -> Path:
     from .store import save_completer
 
-    mine = [row for row in table if row.model == TITLES[chosen]]
+    suffix = REFINED if "refine" in networks else ""
+    mine = [row for row in table if row.model == TITLES[chosen] + suffix]
     row = min(mine, key=lambda found: abs((found.steps or 1) - config.evaluate.steps))
     numbers = {metric: row.scores[metric] for metric in _SUMMARY}
     lines = [f"- {metric}: {value['estimate']:.3f}" for metric, value in numbers.items()]
@@ -493,15 +494,16 @@ def _pictures(
 
 
 def _shown(rows: Sequence[Scored], config: LidarConfig) -> list[Scored]:
-    """The teacher at most steps and at the student's, each student at the steps it is used with."""
+    """The teacher at most steps, each student as it is used; refined where there is a refinement net."""
     found = []
     for row in rows:
         contender = row.contender
         most = contender.family == "teacher" and contender.steps == max(config.evaluate.teacher_steps)
-        used = contender.family != "single_pass" and contender.steps == config.evaluate.steps
+        used = contender.family == "few_step" and contender.steps == config.evaluate.steps
         if most or used or contender.family == "single_pass":
             found.append(row)
-    return found
+    sharp = [row for row in found if row.contender.name.endswith(REFINED)]
+    return sharp or found
 
 
 def _preference(rows: Sequence[Scored], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

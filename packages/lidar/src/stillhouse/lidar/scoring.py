@@ -155,7 +155,7 @@ def refined(contender: Contender, teacher: Teacher) -> Contender:
         return refine(points).flatten(1, 2), evaluations + 1
 
     return Contender(
-        name=f"{contender.name}, refined",
+        name=f"{contender.name}{REFINED}",
         family=contender.family,
         steps=contender.steps,
         guidance=contender.guidance,
@@ -272,9 +272,19 @@ def contenders_of(config: LidarConfig, teacher: Teacher, students: Mapping[str, 
             )
             for steps in evaluate.student_steps
         ]
+    if teacher.refine is not None:
+        rows += [refined(row, teacher) for row in rows if _is_refined(row, config)]
     return rows
 
 
+def _is_refined(row: Contender, config: LidarConfig) -> bool:
+    """Whether a row is also shown with refinement: the slowest teacher, and students as they are used."""
+    if row.family == "teacher":
+        return row.steps == max(config.evaluate.teacher_steps)
+    return row.family == "single_pass" or row.steps == config.evaluate.steps
+
+
+REFINED = ", refined"
 TITLES = {
     "distillation_dpo": "Distillation-DPO student",
     "vsd": "VSD student",

@@ -4,10 +4,11 @@ data = dict(streets=10, test_streets=2, scans=3, rings=32, azimuths=512, points=
 model = dict(
     channels=(16, 16, 24, 32, 32, 24, 16),
     single_channels=(16, 16, 24, 32, 32, 24, 16),
+    refine_channels=(16, 16, 24, 24, 16),
     voxel=0.3,
     batch_size=1,
 )
-teacher = dict(steps=450, lr=2e-3)
+teacher = dict(steps=700, lr=2e-3, refine_steps=150)
 distill = dict(
     students=("distillation_dpo", "single_pass", "single_pass_alone"),
     steps=80,
