@@ -14,7 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from stillhouse.core.config import load_config
+from stillhouse.core.errors import DataError
 from stillhouse.genomic.cli import main
+from stillhouse.genomic.config import GenomicConfig
+from stillhouse.genomic.corpus import read_corpus
 from stillhouse.genomic.student import MaskedDecoder, StudentConfig, build_student
 from stillhouse.genomic.student.store import save_student
 from stillhouse.genomic.tokenizers import CharacterTokenizer
@@ -230,6 +234,53 @@ def test_a_bed_past_the_end_is_one_line(
         assert named in said
     assert not (tmp_path / "e.parquet").exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("bases", "more", "remedy"),
+    [
+        (200, (), "give at least 60,000 bp"),
+        (9_000, (), "set data.block to 4000 and data.validation to 0"),
+        (13_000, (), "set data.block to 4000"),
+        (9_000, ("data.block=4000", "data.validation=0"), ""),
+        (13_000, ("data.block=4000",), ""),
+        (904, ("data.block=60000",), "give at least 180,000 bp"),
+    ],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_genome_too_short_to_cut_is_named_with_a_remedy_that_helps(
+    bases: int, more: tuple[str, ...], remedy: str, both: bool, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "short.fa", tmp_path / "long.fa"]
+    for path, size in zip(paths, (bases, 200_000), strict=True):
+        path.write_text(f">a\n{'ACGTTGCA' * (size // 8)}\n")
+    files = json.dumps([str(path) for path in paths[: 1 + both]])
+    config = load_config(GenomicConfig, {}, overrides=[f"data.fasta={files}", "data.length=256", *more])
+    if not remedy:
+        corpus = read_corpus(config)
+        assert len(corpus.training()) > 0
+        return
+    with pytest.raises(DataError) as caught:
+        read_corpus(config)
+    message = str(caught.value)
+    assert message.startswith(f"{paths[0]}: {bases:,} bp in 1 record are too few")
+    assert message.count("\n") == 0
+    assert remedy in message
+    assert ("leave it out" in message) == (both and "at least" in remedy)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "train"])
+def test_too_short_a_genome_is_one_line(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.fa"
+    path.write_text(f">a\n{GENE}\n")
+    given = (
+        ["--fasta", path] if verb == "pretrain" else ["--set", f'data.fasta=["{path}"]', "--config", "demo"]
+    )
+    said = fails(capsys, 1, verb, *given, "--out", tmp_path / "run")
+    assert f"short.fa: {len(GENE)} bp in 1 record are too few" in said
+    assert listing(tmp_path) <= {"short.fa", "short.fa.fai"}
 
 
 # ---- the verbs at work

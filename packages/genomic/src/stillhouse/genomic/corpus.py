@@ -184,18 +184,59 @@ def _parts(source: Fasta | tuple[Genome, ...], data: DataConfig, guard: int) -> 
         whole = {f"{genome.name}/": genome.lengths for genome in source}
     parts: dict[str, list[Interval]] = {"train": [], "validation": [], "test": []}
     for prefix, lengths in whole.items():
+        _enough(prefix, lengths, source, data, guard)
         cut = split_records(
             lengths,
             by="block",
             validation=data.validation,
             test=data.test,
-            block=max(data.block, 2 * guard + 1),
+            block=_block(data.block, guard),
             guard=guard,
             seed=data.split_seed,
         )
         for part, blocks in cut.items():
             parts[part] += [replace(block, record=prefix + block.record) for block in blocks]
     return parts
+
+
+def _block(block: int, guard: int) -> int:
+    return max(block, 2 * guard + 1)
+
+
+def _enough(
+    prefix: str,
+    lengths: dict[str, int],
+    source: Fasta | tuple[Genome, ...],
+    data: DataConfig,
+    guard: int,
+) -> None:
+    """Refuse a genome of fewer blocks than parts.
+
+    Raises:
+        DataError: naming it, and what helps.
+    """
+
+    def count(size: int) -> int:
+        return sum(max(1, round(length / size)) for length in lengths.values())
+
+    wanted = 2 + (data.validation > 0)
+    block, least = _block(data.block, guard), _block(4_000, guard)  # data.block is at least 4,000
+    if count(block) >= wanted:
+        return
+    names = [source.path.name] if isinstance(source, Fasta) else [genome.name for genome in source]
+    at = names.index(prefix.removesuffix("/")) if prefix else 0
+    name = data.fasta[at] if data.fasta else names[at]
+    records = f"{len(lengths)} record{'' if len(lengths) == 1 else 's'}"
+    if count(least) >= wanted:
+        remedy = f"set data.block to {least}"
+    elif data.validation > 0 and count(least) >= wanted - 1:
+        remedy = f"set data.block to {least} and data.validation to 0"
+    else:
+        remedy = f"give at least {wanted * block:,} bp" + (", or leave it out" if len(names) > 1 else "")
+    raise DataError(
+        f"{name}: {sum(lengths.values()):,} bp in {records} are too few to be cut into {wanted} parts by "
+        f"blocks of {block:,} bp; {remedy}"
+    )
 
 
 def simulated(data: DataConfig) -> tuple[Genome, ...]:
