@@ -1,6 +1,6 @@
 """Simulated streets on a CPU: teacher, three students and a report in a few minutes."""
 
-data = dict(streets=10, test_streets=2, scans=3, rings=32, azimuths=512, points=300, max_range=18.0)
+data = dict(streets=10, test_streets=2, scans=3, rings=32, azimuths=512, points=450, factor=8, max_range=18.0)
 model = dict(
     channels=(16, 16, 24, 32, 32, 24, 16),
     single_channels=(16, 16, 24, 32, 32, 24, 16),
