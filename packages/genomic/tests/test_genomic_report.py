@@ -186,8 +186,9 @@ def test_ablations_that_beat_the_student_are_said_at_the_top(
     scores = {**results.scores, "HAD": results.scores["random <init>"]}
     write_report(folder, dataclasses.replace(results, scores=scores), out=tmp_path)
     said = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["headline"]["sentence"]
-    assert "reconstruct only scores higher on 3 of 3" in said
-    assert "shuffled teacher scores higher on 3 of 3" in said
+    assert "higher than the student: " in said
+    assert "reconstruct only on 3 of 3" in said
+    assert "shuffled teacher on 3 of 3" in said
 
 
 def test_nothing_from_the_run_is_taken_for_html(run: tuple[Path, GenomicResults]) -> None:

@@ -41,6 +41,14 @@ STUDENTS = {
     "logit_kd": "student, logits alone",
     "none": "student, random weights",
 }
+HOW = {
+    "had": "visible tokens aligned with the teacher, hidden ones reconstructed",
+    "distill_only": "visible tokens aligned with the teacher",
+    "reconstruct_only": "hidden tokens reconstructed",
+    "masked_only": "hidden tokens aligned with the teacher and reconstructed",
+    "logit_kd": "the teacher’s nucleotide distributions, nothing hidden",
+    "none": "not trained",
+}
 _CONFIG, _ARTIFACT = "config.json", "student"
 _LIBRARIES = ("stillhouse-genomic", "stillhouse-core", "torch", "transformers", "biopython")
 
@@ -332,7 +340,7 @@ def _model_row(
     control = "" if config.distill.teacher == "trained" else f", {config.distill.teacher} teacher"
     notes = {
         TEACHER: given,
-        student: f"{config.distill.method}{control}, {steps} steps",
+        student: f"{HOW[config.distill.method]}{control}; {steps} steps",
         ALONE: f"the same network, masks and {steps} steps, no teacher",
         RANDOM: "the same network before training",
     }

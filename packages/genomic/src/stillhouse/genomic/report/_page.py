@@ -94,10 +94,13 @@ def _headline(report: Report, results: GenomicResults) -> None:
     faster = _speed_up(results, student.name)
     if faster is not None:
         facts.append((f"{faster:.3g} ×", "its embedding speed"))
+    ahead = []
     for row in results.by_role("ablation", "baseline"):
         common, better = _compare(results, student, row)
         if common and better < common:
-            parts.append(f"{row.name} scores higher on {common - better} of {common}")
+            ahead.append(f"{row.name} on {common - better} of {common}")
+    if ahead:
+        parts.append(f"higher than the student: {', '.join(ahead)}")
     if not parts:
         parts = [f"The student {student.name} was evaluated on {len(results.tasks)} tasks"]
     report.headline("; ".join(parts).replace("; with", " with") + ".", facts=facts[:4])

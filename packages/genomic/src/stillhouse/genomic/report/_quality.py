@@ -272,11 +272,11 @@ def add_consistency(report: Report, results: GenomicResults) -> None:
     section.table(
         [{"model": name, "cosine": _cosine(found)} for name, found in results.consistency.items()],
         formats={"cosine": ".3f"},
-        note="Brackets hold the 10th to the 90th percentile of windows, not a confidence interval.",
+        note="Mean over windows, and its 95\u202f% interval.",
     )
 
 
 def _cosine(found: Any) -> Any:
     if found.get("low") is None:
         return found.get("cosine")
-    return Interval(float(found["cosine"]), float(found["low"]), float(found["high"]), 0.8, "percentiles")
+    return Interval(float(found["cosine"]), float(found["low"]), float(found["high"]), 0.95, "bootstrap")

@@ -83,7 +83,8 @@ class GenomicResults:
         profile_note: on what the latency was measured.
         throughput: rows {"model", "bases_per_second", "parameters"}, the teacher first.
         embedding: tables of `embedding_points`, one a panel.
-        consistency: model → {"cosine", "low", "high"}: agreement of the two strands' embeddings.
+        consistency: model → {"cosine", "low", "high"}: agreement of the two strands' embeddings, mean over
+            windows and its 95 % interval.
         logs: the trainer's logs, title → path relative to the run's folder.
         gradient_logs: title → path of logs whose terms `gradient_…` are norms of the gradient of each loss
             term; empty where they are in `logs` already or were not measured.
