@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stillhouse.core.testing import assert_gradient, assert_gradient_only, assert_no_gradient
-from stillhouse.core.train import Step
+from stillhouse.core.train import OptimConfig, Step
 from stillhouse.genomic.config import DistillConfig
 from stillhouse.genomic.distiller import HadDistiller, LogitDistiller, View, view_of
 from stillhouse.genomic.distiller._had import window_mean
@@ -423,3 +423,24 @@ def test_logit_distillation_reaches_the_student_and_never_the_teacher() -> None:
     alone = twin.loss("student", _batch(), _step())
     assert set(losses.terms) == {"kl", "hard"}
     assert set(alone.terms) == {"kl"}
+
+
+# ---- what the optimizer gets
+
+
+@pytest.mark.parametrize("method", ["had", "distill_only", "reconstruct_only", "logit_kd"])
+@pytest.mark.parametrize("rc", [False, True])
+def test_pre_training_does_not_decay_the_rates_of_the_recurrence(method: str, rc: bool) -> None:
+    encoder = _student(rc_equivariant=rc)
+    if method == "logit_kd":
+        distiller: Any = LogitDistiller(encoder, _teacher(), DistillConfig(method="logit_kd"))
+    else:
+        distiller = _had(encoder=encoder, method=method)
+    modules = distiller.trainable()["student"]
+    optimizer, _ = OptimConfig(weight_decay=0.1).build(modules.parameters(), 10)
+    decayed, kept = optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    rates = [p for name, p in encoder.named_parameters() if name.endswith(("A_log", "dt_bias"))]
+    assert len(rates) == 4
+    assert {id(p) for p in kept["params"]} == {id(p) for p in rates}
+    assert len(decayed["params"]) + 4 == len(list(modules.parameters()))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from stillhouse.core.errors import ConfigError, DataError
 from stillhouse.core.run import Run
+from stillhouse.core.train import OptimConfig
 from stillhouse.genomic.data import Sequences
 from stillhouse.genomic.finetune import FinetuneConfig, finetune, finetune_student, preset_config
 from stillhouse.genomic.student import Encoder, MaskedDecoder, StudentConfig, build_student
@@ -82,6 +84,32 @@ def test_a_frozen_encoder_does_not_move(encoder: Encoder) -> None:
     found = finetune(encoder, task(64, 0), replace(QUICK, freeze=True, epochs=1), test=task(20, 1))
     moved = found.classifier.encoder.state_dict()
     assert all(torch.equal(moved[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_the_rates_of_the_recurrence_are_not_decayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder is copied for each seed; weight decay still leaves its decay rates out."""
+    groups: list[list[dict[str, Any]]] = []
+    build = OptimConfig.build
+
+    def spy(self: OptimConfig, parameters: Any, total_steps: int) -> Any:
+        made = build(self, parameters, total_steps)
+        groups.append(made[0].param_groups)
+        return made
+
+    monkeypatch.setattr(OptimConfig, "build", spy)
+    model = build_student(StudentConfig(kind="gdn", width=16, gdn_layers=1, attention_heads=2))
+    found = finetune(model, task(24, 0), replace(QUICK, epochs=1, seeds=2), test=task(10, 1))
+    assert len(groups) == 2
+    rates = {
+        name: p for name, p in found.classifier.named_parameters() if name.endswith(("A_log", "dt_bias"))
+    }
+    assert len(rates) == 4
+    for decayed, kept in groups:
+        assert decayed["weight_decay"] == 0.1
+        assert kept["weight_decay"] == 0.0
+        assert len(kept["params"]) == 4
+        assert len(decayed["params"]) + 4 == len(list(found.classifier.parameters()))
+    assert any({id(p) for p in kept["params"]} == {id(p) for p in rates.values()} for _, kept in groups)
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(encoder: Encoder) -> None:

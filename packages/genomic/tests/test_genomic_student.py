@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import asdict, replace
 
 import pytest
@@ -69,13 +71,33 @@ def test_the_kinds_are_comparable(size):
     assert max(counts) / min(counts) < 1.05
 
 
+def marked(module):
+    return {n for n, p in module.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
 def test_decay_parameters_are_marked_and_start_in_range():
     layer = GatedDeltaNet(StudentConfig(width=64, heads=16))
-    marked = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert marked == {"A_log", "dt_bias"}
+    assert marked(layer) == {"A_log", "dt_bias"}
     assert (layer.A_log.exp() <= 16).all()
     dt = torch.nn.functional.softplus(layer.dt_bias)
     assert ((dt > 0.99e-3) & (dt < 1.01e-1)).all()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_copies_keep_the_mark_and_their_own_parameters(tie):
+    layer = BiGatedDeltaNet(StudentConfig(width=16, tie_directions=tie))
+    copied = copy.deepcopy(layer)
+    pickled = pickle.loads(pickle.dumps(layer))
+    marks = marked(layer)
+    assert marks
+    for other in (copied, pickled):
+        assert marked(other) == marks
+        mine = {id(p) for p in layer.parameters()}
+        assert all(id(p) not in mine for p in other.parameters())
+        for (name, one), (_, two) in zip(layer.named_parameters(), other.named_parameters(), strict=True):
+            assert torch.equal(one, two), name
+    layer.requires_grad_(False)
+    assert not any(p.requires_grad for p in copy.deepcopy(layer).parameters())
 
 
 # ------------------------------------------------------------------------------------ directions

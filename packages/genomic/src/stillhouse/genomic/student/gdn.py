@@ -12,7 +12,7 @@ How HAD joins its two directions was not seen; adding them is our reading, as is
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,17 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.norm = RMSNorm(values)
         self.out_proj = nn.Linear(heads * values, config.width, bias=False)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Ask optimizers not to decay the decay rates; `OptimConfig.build` listens."""
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or an unpickled layer has fresh parameters without the mark: set it again."""
+        super().__setstate__(state)
+        self._mark()
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """Map [B, L, width] to [B, L, width], causally."""
