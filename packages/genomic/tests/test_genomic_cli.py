@@ -341,6 +341,7 @@ def test_simulate_writes_genomes_and_their_annotation(
     assert Path(made["fasta"][0]).read_text().startswith(">")
 
 
+@pytest.mark.slow
 def test_annotated_genomes_become_tasks_and_a_classifier(
     student: Path, genomes: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +368,11 @@ def test_annotated_genomes_become_tasks_and_a_classifier(
     result = json.loads(capsys.readouterr().out)
     assert result["metric"] == "mcc (plain)"
     assert Path(result["report"]).is_file()
+    arguments = ("predict", tmp_path / "ft", first, genomes["fasta"][0], "--window", 200)
+    assert call(*arguments, "--out", tmp_path / "p.parquet", "--device", "cpu", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["sequences"] == pq.read_table(tmp_path / "p.parquet").num_rows > 500
+    assert sum(done["counts"].values()) + done["unknown"] == done["sequences"]
 
 
 @pytest.mark.parametrize("task", ["donor", "species"])
