@@ -173,6 +173,9 @@ def plain(row: Scored) -> dict[str, Any]:
     }
 
 
+Part = dict[str, dict[str, Any]]  # the rows of one seed by title
+
+
 def tables(out: Path) -> str:
     """Markdown of every data set, then the paired differences."""
     seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("seed-*/scores.json"))]
@@ -180,66 +183,71 @@ def tables(out: Path) -> str:
         raise SystemExit(f"{out}: no seed has finished")
     lines = [f"{len(seeds)} seeds: {', '.join(str(found['seed']) for found in seeds)}", ""]
     for name in seeds[0]["tables"]:
-        parts = [found["tables"][name] for found in seeds]
+        parts: list[Part] = [{row["title"]: row for row in found["tables"][name]} for found in seeds]
         lines += [f"**{name}**", "", *table(parts), "", *gaps(parts), ""]
     return "\n".join(lines)
 
 
-def table(parts: list[list[dict[str, Any]]]) -> list[str]:
-    """One table: a row for each contender, its scores over all seeds."""
+def table(parts: list[Part]) -> list[str]:
+    """One table: a row for each contender, its scores over the seeds that have it."""
     lines = [
         f"| row | parameters | evaluations | s a sweep | faster | {' | '.join(HEADS)} |",
         "|" + "---|" * (5 + len(HEADS)),
     ]
-    slow = np.concatenate([part[0]["seconds"] for part in parts])
-    for index, row in enumerate(parts[0]):
-        seconds = np.concatenate([part[index]["seconds"] for part in parts])
-        cells = [interval(parts, index, metric) for metric in METRICS]
+    titles = list(dict.fromkeys(title for part in parts for title in part))
+    slowest = titles[0]
+    for title in titles:
+        own = [part for part in parts if title in part]
+        row = own[0][title]
+        seconds = np.concatenate([part[title]["seconds"] for part in own])
+        slow = np.concatenate([part[slowest]["seconds"] for part in own])
+        cells = [interval(own, title, metric) for metric in METRICS]
+        few = "" if len(own) == len(parts) else f" (seeds: {len(own)})"
         lines.append(
-            f"| {row['title']} | {row['parameters'] / 1e6:.2f} M | {row['evaluations']} | "
+            f"| {title}{few} | {row['parameters'] / 1e6:.2f} M | {row['evaluations']} | "
             f"{np.median(seconds):.3f} | {np.median(slow / seconds):.1f}× | {' | '.join(cells)} |"
         )
     return lines
 
 
-def clusters(parts: list[list[dict[str, Any]]], index: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def clusters(parts: list[Part], title: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Values and their clusters: a seed's sweeps of one drive."""
-    values = np.concatenate([part[index]["values"][metric] for part in parts])
-    names = [f"{seed} {group}" for seed, part in enumerate(parts) for group in part[index]["groups"]]
+    values = np.concatenate([part[title]["values"][metric] for part in parts])
+    names = [f"{seed} {group}" for seed, part in enumerate(parts) for group in part[title]["groups"]]
     return values, np.asarray(names)
 
 
-def interval(parts: list[list[dict[str, Any]]], index: int, metric: str) -> str:
+def interval(parts: list[Part], title: str, metric: str) -> str:
     """Mean with its interval, or without where there is one cluster alone."""
-    values, groups = clusters(parts, index, metric)
+    values, groups = clusters(parts, title, metric)
     if len(set(groups)) < 2:
         return f"{values.mean():.3f}"
     found = bootstrap_interval(values, groups=groups)
     return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def gaps(parts: list[list[dict[str, Any]]]) -> list[str]:
+def gaps(parts: list[Part]) -> list[str]:
     """Paired differences with the teacher at most steps, at equal steps, and of the single-pass networks."""
-    rows = {row["title"]: index for index, row in enumerate(parts[0])}
-    alone, plain_vsd = TITLES["single_pass_alone"], TITLES["vsd"]
-    pairs = []
-    for title, index in rows.items():
-        row = parts[0][index]
+    rows = parts[0]
+    teacher, alone, plain_vsd = next(iter(rows)), TITLES["single_pass_alone"], TITLES["vsd"]
+    wanted = []
+    for title, row in rows.items():
+        steps = title.split(", ")[-1]
         if row["family"] == "few_step" and not row["name"].endswith(tuple(ABLATIONS)):
-            steps = title.split(", ")[-1]
-            pairs += [(title, other) for other in (next(iter(rows)), f"teacher, {steps}") if other in rows]
-            if row["name"] != plain_vsd and f"{plain_vsd}, {steps}" in rows:
-                pairs.append((title, f"{plain_vsd}, {steps}"))
+            wanted += [(title, teacher), (title, f"teacher, {steps}")]
+            if row["name"] != plain_vsd:
+                wanted.append((title, f"{plain_vsd}, {steps}"))
         elif row["family"] == "single_pass":
-            pairs += [
-                (title, other) for other in (next(iter(rows)), alone) if other != title and other in rows
-            ]
+            wanted += [(title, teacher), (title, alone)]
     lines = ["| difference (negative: the first is better) | CD, m | JSD-BEV |", "|---|---|---|"]
-    for title, other in pairs:
+    for title, other in dict.fromkeys(wanted):
+        both = [part for part in parts if title in part and other in part]
+        if title == other or not both:
+            continue
         cells = []
         for metric in ("chamfer", "jsd_bev"):
-            mine, groups = clusters(parts, rows[title], metric)
-            theirs, _ = clusters(parts, rows[other], metric)
+            mine, groups = clusters(both, title, metric)
+            theirs, _ = clusters(both, other, metric)
             if len(set(groups)) < 2:
                 cells.append(f"{(mine - theirs).mean():+.3f}")
                 continue
