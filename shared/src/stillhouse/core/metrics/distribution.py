@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
 
 Floats = npt.NDArray[np.float64]
 _BLOCK = 8_000_000  # entries of a block of distances: 64 MB
@@ -157,6 +155,8 @@ def mode_coverage(
         >>> found.covered, round(found.kl, 4)
         (1, 0.6931)
     """
+    from scipy.spatial import cKDTree
+
     a, c = _pair(x, centres, least=1, names=("x", "centres"))
     if not std > 0:
         raise ValueError(f"std is {std}; it must be > 0")
@@ -210,6 +210,9 @@ def knn_precision_recall(generated: npt.ArrayLike, real: npt.ArrayLike, *, k: in
 
 def _inside(points: Floats, manifold: Floats, k: int) -> float:
     """Share of points in some ball of the manifold."""
+    from scipy.spatial import cKDTree
+    from scipy.spatial.distance import cdist
+
     radii = cKDTree(manifold).query(manifold, k=k + 1)[0][:, k]
     rows = max(1, _BLOCK // len(manifold))
     hits = [(cdist(points[i : i + rows], manifold) <= radii).any(axis=1) for i in range(0, len(points), rows)]
@@ -217,6 +220,8 @@ def _inside(points: Floats, manifold: Floats, k: int) -> float:
 
 
 def _kernel_sum(a: Floats, b: Floats, bandwidths: Sequence[float]) -> float:
+    from scipy.spatial.distance import cdist
+
     rows = max(1, _BLOCK // len(b))
     total = 0.0
     for start in range(0, len(a), rows):
