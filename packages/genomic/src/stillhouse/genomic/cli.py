@@ -1,4 +1,4 @@
-"""The command `stillhouse-genomic`, also reached as `python -m stillhouse.genomic` and `stillhouse genomic`."""
+"""The command `stillhouse-genomic`, also `python -m stillhouse.genomic` and `stillhouse genomic`."""
 
 from __future__ import annotations
 
