@@ -341,7 +341,6 @@ def test_simulate_writes_genomes_and_their_annotation(
     assert Path(made["fasta"][0]).read_text().startswith(">")
 
 
-@pytest.mark.slow
 def test_annotated_genomes_become_tasks_and_a_classifier(
     student: Path, genomes: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
