@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from stillhouse.core.errors import DataError
-from stillhouse.core.report import compare_profiles
+from stillhouse.core.report import compare_profiles, profile_rows
 from stillhouse.genomic.report import (
     GenomicResults,
     ModelRow,
     TaskRow,
     embedding_points,
     load_results,
-    profile_rows,
     save_results,
     write_report,
 )
@@ -59,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GenomicResults]
         runs=3,
         warmup=1,
     )
-    profiles, note = profile_rows(comparison)
+    profiles, note = profile_rows(comparison, what="window")
     labels = rng.integers(0, 3, 120)
     features = rng.normal(size=(120, 8)) + 3 * np.eye(3, 8)[labels]
     rows = []

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from stillhouse.core.errors import DataError
-from stillhouse.core.report import compare_profiles
+from stillhouse.core.report import compare_profiles, profile_rows
 from stillhouse.kidney.data import Collection, split_collection
 from stillhouse.kidney.data.leakage import check_leakage
 from stillhouse.kidney.gallery import Gallery
@@ -30,7 +30,6 @@ from stillhouse.kidney.report import (
     embedding_points,
     leakage_table,
     load_results,
-    profile_rows,
     save_results,
     save_retrieval,
     write_report,
@@ -87,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, stones: Collection) -> tuple[P
     comparison = compare_profiles(
         {"student": nn.Linear(4, 2), "teacher": nn.Linear(4, 64)}, torch.zeros(1, 4), runs=3, warmup=1
     )
-    profiles, profile_note = profile_rows(comparison)
+    profiles, profile_note = profile_rows(comparison, what="image")
     (folder / "log.jsonl").write_text(
         "\n".join(
             json.dumps({"step": s, "role": "student", "total": 1 / (s + 1), "terms": {"kd": 1.0, "dml": 0.5}})

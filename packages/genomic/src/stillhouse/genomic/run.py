@@ -514,14 +514,12 @@ def _profiles(
 ) -> tuple[list[dict[str, Any]], str]:
     import torch
 
-    from stillhouse.core.report import compare_profiles
-
-    from .report import profile_rows
+    from stillhouse.core.report import compare_profiles, profile_rows
 
     windows = _sample(corpus, 1, config.data.length)
     readers = {name: _Reader(models[name], windows) for name in (TEACHER, student)}
     found = compare_profiles(readers, torch.zeros(1, 1), baseline=TEACHER, runs=10, warmup=2)
-    return profile_rows(found)
+    return profile_rows(found, what="window")
 
 
 def _throughput(config: GenomicConfig, corpus: Corpus, models: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -409,15 +409,13 @@ def _unknown(
 
 
 def _profiles(config: KidneyConfig, networks: Mapping[str, nn.Module]) -> tuple[list[dict[str, Any]], str]:
-    from stillhouse.core.report import compare_profiles
-
-    from .report import profile_rows
+    from stillhouse.core.report import compare_profiles, profile_rows
 
     size = config.data.image_size
     device = next(networks[TEACHER].parameters()).device
     models = {name: networks[name] for name in (TEACHER, STUDENT)}
     found = compare_profiles(models, torch.zeros(1, 3, size, size, device=device), baseline=TEACHER, runs=20)
-    return profile_rows(found)
+    return profile_rows(found, what="image")
 
 
 def _notes(config: KidneyConfig, data: Prepared) -> list[str]:

@@ -338,3 +338,38 @@ def _latency(milliseconds: list[float], passes: int, device: torch.device) -> La
     median, p10, p90 = _quantiles(np.array(milliseconds))
     where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return Latency(median, p10, p90, len(milliseconds), passes, where, torch.get_num_threads())
+
+
+def profile_rows(comparison: Comparison, *, what: str = "item") -> tuple[list[dict[str, Any]], str]:
+    """Size and latency of models as plain data for a results file, the baseline first.
+
+    Args:
+        comparison: of `compare_profiles`.
+        what: one entry of the batch that was timed, in the singular: "image", "window".
+
+    Returns:
+        Rows with `model`, `parameters`, `memory` (bytes), `latency`, `p10`, `p90` (ms), `size_ratio` and
+        `latency_ratio` to the baseline; and a sentence on how latency was measured.
+    """
+    base = comparison.profiles[comparison.baseline]
+    rows = [
+        {
+            "model": name,
+            "parameters": found.parameters,
+            "memory": found.bytes,
+            "latency": found.latency.median,
+            "p10": found.latency.p10,
+            "p90": found.latency.p90,
+            "size_ratio": comparison.ratio(name, "bytes"),
+            "latency_ratio": comparison.ratio(name, "latency"),
+        }
+        for name, found in sorted(
+            comparison.profiles.items(), key=lambda pair: pair[0] != comparison.baseline
+        )
+    ]
+    note = (
+        f"One forward pass of {base.batch} {what}{'' if base.batch == 1 else 's'} on {base.latency.device}, "
+        f"{base.latency.threads} thread{'' if base.latency.threads == 1 else 's'}; models timed in turns, "
+        f"{base.latency.runs} runs each."
+    )
+    return rows, note

@@ -10,5 +10,4 @@ from ._results import ModelRow as ModelRow
 from ._results import TaskRow as TaskRow
 from ._results import embedding_points as embedding_points
 from ._results import load_results as load_results
-from ._results import profile_rows as profile_rows
 from ._results import save_results as save_results

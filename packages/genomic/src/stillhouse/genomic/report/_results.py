@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from stillhouse.core.errors import DataError
+from stillhouse.core.report import read_results, write_results
 
 if TYPE_CHECKING:
-    from stillhouse.core.report import Comparison
-
-RESULTS = "results.json"
-_FORMAT, _SCHEMA = "stillhouse-genomic-results", 1
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,28 +144,12 @@ class GenomicResults:
 
 
 def save_results(results: GenomicResults, folder: str | os.PathLike[str]) -> Path:
-    """Write `results.json` into a run's folder, atomically.
-
-    Returns:
-        Its path.
+    """Write `results.json` into a run's folder, atomically, and return its path.
 
     Raises:
         TypeError: something in the results is no plain data.
     """
-    from stillhouse.core.run import jsonable
-
-    target = Path(folder) / RESULTS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    table = {"format": _FORMAT, "schema": _SCHEMA, **jsonable(asdict(results))}
-    work = target.with_name(f".{RESULTS}.{secrets.token_hex(4)}")
-    try:
-        work.write_text(
-            json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
-    return target
+    return write_results(results, folder, domain="genomic")
 
 
 def load_results(folder: str | os.PathLike[str]) -> GenomicResults:
@@ -179,60 +158,12 @@ def load_results(folder: str | os.PathLike[str]) -> GenomicResults:
     Raises:
         DataError: it is missing or not what `save_results` wrote.
     """
-    path = Path(folder) / RESULTS
-    if not path.is_file():
-        raise DataError(f"{path}: is missing; give the folder of a finished run")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table, dict) or table.pop("format", None) != _FORMAT:
-            raise ValueError("it is not the results of a genomic run")
-        schema = table.pop("schema", None)
-        if schema != _SCHEMA:
-            raise ValueError(
-                f"it has schema {schema!r}, this version reads {_SCHEMA}; upgrade stillhouse-genomic"
-            )
-        strange = sorted(set(table) - {spec.name for spec in fields(GenomicResults)})
-        if strange:
-            raise ValueError(f"it has the unknown entry {strange[0]!r}")
-        table["models"] = [ModelRow(**row) for row in table["models"]]
-        table["tasks"] = [TaskRow(**row) for row in table["tasks"]]
-        return GenomicResults(**table)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); run `evaluate` again") from error
+    return read_results(GenomicResults, folder, domain="genomic", convert=_rows)
 
 
-def profile_rows(comparison: Comparison) -> tuple[list[dict[str, Any]], str]:
-    """Size and latency of models as plain data, for `GenomicResults.profiles` and `profile_note`.
-
-    Args:
-        comparison: of `stillhouse.core.report.compare_profiles`.
-
-    Returns:
-        Rows with `model`, `parameters`, `memory` (bytes), `latency`, `p10`, `p90` (ms), `size_ratio` and
-        `latency_ratio` to the baseline; and a sentence on how latency was measured.
-    """
-    base = comparison.profiles[comparison.baseline]
-    rows = [
-        {
-            "model": name,
-            "parameters": found.parameters,
-            "memory": found.bytes,
-            "latency": found.latency.median,
-            "p10": found.latency.p10,
-            "p90": found.latency.p90,
-            "size_ratio": comparison.ratio(name, "bytes"),
-            "latency_ratio": comparison.ratio(name, "latency"),
-        }
-        for name, found in sorted(
-            comparison.profiles.items(), key=lambda pair: pair[0] != comparison.baseline
-        )
-    ]
-    note = (
-        f"One forward pass of {base.batch} window{'' if base.batch == 1 else 's'} on {base.latency.device}, "
-        f"{base.latency.threads} thread{'' if base.latency.threads == 1 else 's'}; models timed in turns, "
-        f"{base.latency.runs} runs each."
-    )
-    return rows, note
+def _rows(table: dict[str, Any]) -> None:
+    table["models"] = [ModelRow(**row) for row in table["models"]]
+    table["tasks"] = [TaskRow(**row) for row in table["tasks"]]
 
 
 def embedding_points(

@@ -10,6 +10,5 @@ from ._results import Retrieved as Retrieved
 from ._results import embedding_points as embedding_points
 from ._results import leakage_table as leakage_table
 from ._results import load_results as load_results
-from ._results import profile_rows as profile_rows
 from ._results import save_results as save_results
 from ._results import save_retrieval as save_retrieval

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,17 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.core.errors import DataError
+from stillhouse.core.report import read_results, write_results
 
 if TYPE_CHECKING:
-    from stillhouse.core.report import Comparison
-
     from ..data import Collection
     from ..data.leakage import LeakageReport
     from ..gallery import Gallery
-
-RESULTS = "results.json"
-_FORMAT, _SCHEMA = "stillhouse-kidney-results", 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,28 +141,12 @@ class KidneyResults:
 
 
 def save_results(results: KidneyResults, folder: str | os.PathLike[str]) -> Path:
-    """Write `results.json` into a run's folder, atomically.
-
-    Returns:
-        Its path.
+    """Write `results.json` into a run's folder, atomically, and return its path.
 
     Raises:
         TypeError: something in the results is no plain data.
     """
-    from stillhouse.core.run import jsonable
-
-    target = Path(folder) / RESULTS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    table = {"format": _FORMAT, "schema": _SCHEMA, **jsonable(asdict(results))}
-    work = target.with_name(f".{RESULTS}.{secrets.token_hex(4)}")
-    try:
-        work.write_text(
-            json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
-    return target
+    return write_results(results, folder, domain="kidney")
 
 
 def load_results(folder: str | os.PathLike[str]) -> KidneyResults:
@@ -178,62 +155,12 @@ def load_results(folder: str | os.PathLike[str]) -> KidneyResults:
     Raises:
         DataError: it is missing or not what `save_results` wrote.
     """
-    path = Path(folder) / RESULTS
-    if not path.is_file():
-        raise DataError(f"{path}: is missing; give the folder of a finished run")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table, dict) or table.pop("format", None) != _FORMAT:
-            raise ValueError("it is not the results of a kidney run")
-        schema = table.pop("schema", None)
-        if schema != _SCHEMA:
-            raise ValueError(
-                f"it has schema {schema!r}, this version reads {_SCHEMA}; upgrade stillhouse-kidney"
-            )
-        known = {spec.name for spec in fields(KidneyResults)}
-        strange = sorted(set(table) - known)
-        if strange:
-            raise ValueError(f"it has the unknown entry {strange[0]!r}")
-        table["models"] = [ModelRow(**row) for row in table["models"]]
-        table["retrieval"] = [Retrieved(**row) for row in table.get("retrieval", [])]
-        return KidneyResults(**table)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); run `evaluate` again") from error
+    return read_results(KidneyResults, folder, domain="kidney", convert=_rows)
 
 
-def profile_rows(comparison: Comparison) -> tuple[list[dict[str, Any]], str]:
-    """Size and latency of models as plain data, for `KidneyResults.profiles` and `profile_note`.
-
-    Args:
-        comparison: of `stillhouse.core.report.compare_profiles`.
-
-    Returns:
-        Rows with `model`, `parameters`, `memory` (bytes), `latency`, `p10`, `p90` (ms), `size_ratio` and
-        `latency_ratio` to the baseline; and a sentence on how latency was measured.
-    """
-    rows = [
-        {
-            "model": name,
-            "parameters": found.parameters,
-            "memory": found.bytes,
-            "latency": found.latency.median,
-            "p10": found.latency.p10,
-            "p90": found.latency.p90,
-            "size_ratio": comparison.ratio(name, "bytes"),
-            "latency_ratio": comparison.ratio(name, "latency"),
-        }
-        for name, found in sorted(
-            comparison.profiles.items(), key=lambda pair: pair[0] != comparison.baseline
-        )
-    ]
-    base = comparison.profiles[comparison.baseline]
-    plural = "" if base.latency.threads == 1 else "s"
-    note = (
-        f"One forward pass of {base.batch} image{'' if base.batch == 1 else 's'} on {base.latency.device}, "
-        f"{base.latency.threads} "
-        f"thread{plural}; models timed in turns, {base.latency.runs} runs each."
-    )
-    return rows, note
+def _rows(table: dict[str, Any]) -> None:
+    table["models"] = [ModelRow(**row) for row in table["models"]]
+    table["retrieval"] = [Retrieved(**row) for row in table.get("retrieval", [])]
 
 
 def leakage_table(report: LeakageReport) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from stillhouse.core.errors import DataError
+from stillhouse.core.report import read_results, write_results
 
-RESULTS = "results.json"
-_FORMAT, _SCHEMA = "stillhouse-lidar-results", 1
 _STEPS = re.compile(r"[\s,·(]*\b\d+ steps?\)?$")
 
 Family = Literal["teacher", "few_step", "single_pass"]
@@ -157,28 +153,12 @@ class LidarResults:
 
 
 def save_results(results: LidarResults, folder: str | os.PathLike[str]) -> Path:
-    """Write `results.json` into a run's folder, atomically.
-
-    Returns:
-        Its path.
+    """Write `results.json` into a run's folder, atomically, and return its path.
 
     Raises:
         TypeError: something in the results is no plain data.
     """
-    from stillhouse.core.run import jsonable
-
-    target = Path(folder) / RESULTS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    table = {"format": _FORMAT, "schema": _SCHEMA, **jsonable(asdict(results))}
-    work = target.with_name(f".{RESULTS}.{secrets.token_hex(4)}")
-    try:
-        work.write_text(
-            json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
-    return target
+    return write_results(results, folder, domain="lidar")
 
 
 def load_results(folder: str | os.PathLike[str]) -> LidarResults:
@@ -187,23 +167,12 @@ def load_results(folder: str | os.PathLike[str]) -> LidarResults:
     Raises:
         DataError: it is missing or not what `save_results` wrote.
     """
-    path = Path(folder) / RESULTS
-    if not path.is_file():
-        raise DataError(f"{path}: is missing; give the folder of a finished run")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table, dict) or table.pop("format", None) != _FORMAT:
-            raise ValueError("it is not the results of a lidar run")
-        schema = table.pop("schema", None)
-        if schema != _SCHEMA:
-            raise ValueError(
-                f"it has schema {schema!r}, this version reads {_SCHEMA}; upgrade stillhouse-lidar"
-            )
-        strange = sorted(set(table) - {spec.name for spec in fields(LidarResults)})
-        if strange:
-            raise ValueError(f"it has the unknown entry {strange[0]!r}")
-        table["tables"] = {name: [RowResult(**row) for row in rows] for name, rows in table["tables"].items()}
-        table["pictures"] = [PictureGroup(**group) for group in table.get("pictures", [])]
-        return LidarResults(**table)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); run `evaluate` again") from error
+    return read_results(LidarResults, folder, domain="lidar", convert=_rows)
+
+
+def _rows(table: dict[str, Any]) -> None:
+    table["tables"] = {name: [RowResult(**row) for row in rows] for name, rows in table["tables"].items()}
+    table["pictures"] = [
+        PictureGroup(scene=group["scene"], view=group["view"], tiles=[(a, b) for a, b in group["tiles"]])
+        for group in table.get("pictures", [])
+    ]
