@@ -277,8 +277,8 @@ def test_writers_leave_nothing_behind(tmp_path: Path, cloud: np.ndarray) -> None
     with pytest.raises(ValueError, match="colours"):
         write_cloud(tmp_path / "a.bin", cloud, cloud)
     one_line(lambda: write_cloud(tmp_path / "a.xyz", cloud), "unknown format")
-    one_line(lambda: write_cloud(tmp_path / "no" / "a.ply", cloud), "cannot be written")
     (tmp_path / "kept.txt").write_text("old")
+    one_line(lambda: write_cloud(tmp_path / "kept.txt" / "a.ply", cloud), "cannot be written")
 
     def fail_half_way() -> None:
         with atomic_file(tmp_path / "kept.txt") as file:

@@ -7,10 +7,10 @@ ratio, learning rate and window of HAD were not seen.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from stillhouse.core.config import check_at_least, check_choice, check_finite, check_share
 from stillhouse.core.errors import ConfigError
 from stillhouse.core.train import OptimConfig, TrainConfig
 
@@ -26,37 +26,9 @@ ALIGNS: tuple[Method, ...] = ("had", "distill_only", "masked_only")
 RECONSTRUCTS: tuple[Method, ...] = ("had", "reconstruct_only", "masked_only")
 
 
-def _choice(section: str, owner: object, **allowed: object) -> None:
+def _choices(section: str, owner: object, **allowed: object) -> None:
     for name, options in allowed.items():
-        value = getattr(owner, name)
-        known = get_args(options)
-        if value not in known:
-            raise ConfigError(f"{section}.{name} is {value!r}; allowed: {', '.join(map(repr, known))}")
-
-
-def _finite(section: str, owner: object) -> None:
-    """Refuse NaN and infinity, which pass comparisons or reach a network."""
-    for spec in fields(owner):  # type: ignore[arg-type]
-        value = getattr(owner, spec.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{section}.{spec.name} is {value!r}; it must be a finite number")
-
-
-def _at_least(section: str, owner: object, **limits: float) -> None:
-    for name, least in limits.items():
-        value = getattr(owner, name)
-        if value < least:
-            raise ConfigError(f"{section}.{name} is {value!r}; it must be at least {least}")
-
-
-def _between(section: str, owner: object, *names: str, ends: tuple[bool, bool] = (True, False)) -> None:
-    """Each number lies between 0 and 1; `ends` says which of the two is allowed itself."""
-    for name in names:
-        value = getattr(owner, name)
-        if not (0 < value < 1 or (ends[0] and value == 0) or (ends[1] and value == 1)):
-            shown = f"{'[' if ends[0] else '('}0, 1{']' if ends[1] else ')'}"
-            raise ConfigError(f"{section}.{name} is {value!r}; it must lie in {shown}")
+        check_choice(section, name, getattr(owner, name), options)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -100,11 +72,11 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _finite("data", self)
-        _at_least("data", self, length=24, block=4_000, simulate_kilobases=40, workers=0)
-        _at_least("data", self, split_seed=0, simulate_seed=0)
-        _between("data", self, "validation", "test")
-        _between("data", self, "reverse_complement", "letters", ends=(True, True))
+        check_finite("data", self)
+        check_at_least("data", self, length=24, block=4_000, simulate_kilobases=40, workers=0)
+        check_at_least("data", self, split_seed=0, simulate_seed=0)
+        check_share("data", self, "validation", "test")
+        check_share("data", self, "reverse_complement", "letters", ends=(True, True))
         if self.stride is not None and self.stride < 1:
             raise ConfigError(f"data.stride is {self.stride!r}; it must be at least 1, or None")
         if self.validation + self.test >= 1 or self.test == 0:
@@ -162,10 +134,10 @@ class TeacherConfig:
     ratio: float = 0.15
 
     def __post_init__(self) -> None:
-        _finite("teacher", self)
-        _at_least("teacher", self, steps=1, batch=1, weight_decay=0)
-        _between("teacher", self, "warmup")
-        _between("teacher", self, "ratio", ends=(False, True))
+        check_finite("teacher", self)
+        check_at_least("teacher", self, steps=1, batch=1, weight_decay=0)
+        check_share("teacher", self, "warmup")
+        check_share("teacher", self, "ratio", ends=(False, True))
         if self.lr <= 0:
             raise ConfigError(f"teacher.lr is {self.lr!r}; it must be above 0")
         if self.length is not None and self.length < 24:
@@ -236,8 +208,8 @@ class DistillConfig:
     compat: Literal["none", "reference"] = "none"
 
     def __post_init__(self) -> None:
-        _finite("distill", self)
-        _choice(
+        check_finite("distill", self)
+        _choices(
             "distill",
             self,
             method=Method,
@@ -247,10 +219,10 @@ class DistillConfig:
             projector=Literal["linear", "mlp"],
             compat=Literal["none", "reference"],
         )
-        _at_least("distill", self, batch=1, reconstruct_weight=0, decoder_depth=1, decoder_heads=1)
-        _at_least("distill", self, gradient_every=0)
-        _between("distill", self, "mask_ratio", ends=(False, False))
-        _between("distill", self, "soft_weight", ends=(True, True))
+        check_at_least("distill", self, batch=1, reconstruct_weight=0, decoder_depth=1, decoder_heads=1)
+        check_at_least("distill", self, gradient_every=0)
+        check_share("distill", self, "mask_ratio", ends=(False, False))
+        check_share("distill", self, "soft_weight", ends=(True, True))
         if self.temperature <= 0:
             raise ConfigError(f"distill.temperature is {self.temperature!r}; it must be above 0")
         if not self.layers:
@@ -308,14 +280,14 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         pools = Literal["mean", "center"]
-        _choice("evaluate", self, decoys=Literal["easy", "matched", "hard"], pool=pools, site_pool=pools)
+        _choices("evaluate", self, decoys=Literal["easy", "matched", "hard"], pool=pools, site_pool=pools)
         for task in self.tasks:
             if task not in get_args(Task):
                 raise ConfigError(
                     f"evaluate.tasks has {task!r}; allowed: {', '.join(map(repr, get_args(Task)))}"
                 )
-        _at_least("evaluate", self, length=24, site_length=24, limit=10, resamples=100, batch=1)
-        _at_least("evaluate", self, middle=1, site_middle=1)
+        check_at_least("evaluate", self, length=24, site_length=24, limit=10, resamples=100, batch=1)
+        check_at_least("evaluate", self, middle=1, site_middle=1)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.core.files import replacing
 
-from ._atomic import replacing
 from .embed import Piece, tiles_of
 from .embed._source import padded
 from .finetune import LoadedClassifier

@@ -6,10 +6,10 @@ not public.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
+from stillhouse.core.config import check_at_least, check_choice, check_finite, check_share
 from stillhouse.core.errors import ConfigError
 from stillhouse.core.train import OptimConfig, TrainConfig
 
@@ -21,35 +21,6 @@ Grouping = Literal["class", "image"]
 Method = Literal["hypothesis", "rkd", "s2sd", "none"]
 MetricLoss = Literal["multi_similarity", "triplet", "contrastive", "proxy_anchor"]
 Fusion = Literal["max", "mean", "concat"]
-
-
-def _choice(section: str, name: str, value: object, allowed: object) -> None:
-    options = get_args(allowed)
-    if value not in options:
-        raise ConfigError(f"{section}.{name} is {value!r}; allowed: {', '.join(map(repr, options))}")
-
-
-def _finite(section: str, owner: object) -> None:
-    """Refuse NaN and infinity, which pass comparisons such as `value < least` or reach a network."""
-    for spec in fields(owner):  # type: ignore[arg-type]
-        value = getattr(owner, spec.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{section}.{spec.name} is {value!r}; it must be a finite number")
-
-
-def _share(section: str, owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not 0 <= value < 1:
-            raise ConfigError(f"{section}.{name} is {value!r}; it must lie in [0, 1)")
-
-
-def _at_least(section: str, owner: object, **limits: float) -> None:
-    for name, least in limits.items():
-        value = getattr(owner, name)
-        if value < least:
-            raise ConfigError(f"{section}.{name} is {value!r}; it must be at least {least}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -100,13 +71,15 @@ class DataConfig:
     simulate_seed: int = 0
 
     def __post_init__(self) -> None:
-        _finite("data", self)
-        _choice("data", "layout", self.layout, Layout)
-        _choice("data", "split", self.split, SplitBy)
+        check_finite("data", self)
+        check_choice("data", "layout", self.layout, Layout)
+        check_choice("data", "split", self.split, SplitBy)
         if self.augment not in ("stones", "window", "none"):
             raise ConfigError(f"data.augment is {self.augment!r}; allowed: 'stones', 'window', 'none'")
-        _at_least("data", self, image_size=16, zoom=1.0, crops=1, stones_per_class=2, patches_per_fragment=1)
-        _share("data", self, "test", "validation")
+        check_at_least(
+            "data", self, image_size=16, zoom=1.0, crops=1, stones_per_class=2, patches_per_fragment=1
+        )
+        check_share("data", self, "test", "validation")
         if self.split != "given" and self.test + self.validation >= 1:
             raise ConfigError(
                 f"data.test is {self.test!r} and data.validation {self.validation!r}; together they must be "
@@ -157,12 +130,12 @@ class ModelConfig:
     teacher_trunk: Literal["shared", "separate"] = "shared"
 
     def __post_init__(self) -> None:
-        _choice("model", "backbone", self.backbone, Backbone)
-        _choice("model", "teacher_backbone", self.teacher_backbone, Backbone)
-        _choice("model", "stem", self.stem, Stem)
+        check_choice("model", "backbone", self.backbone, Backbone)
+        check_choice("model", "teacher_backbone", self.teacher_backbone, Backbone)
+        check_choice("model", "stem", self.stem, Stem)
         if self.teacher_trunk not in ("shared", "separate"):
             raise ConfigError(f"model.teacher_trunk is {self.teacher_trunk!r}; allowed: 'shared', 'separate'")
-        _at_least("model", self, width=1, dim=2, teacher_width=1, teacher_dim=2)
+        check_at_least("model", self, width=1, dim=2, teacher_width=1, teacher_dim=2)
         alike = (self.backbone, self.width) == (self.teacher_backbone, self.teacher_width)
         if self.teacher_from_weights and (self.weights is None or not alike):
             raise ConfigError(
@@ -214,15 +187,17 @@ class TeacherConfig:
     refine_confidence: float = 0.6
 
     def __post_init__(self) -> None:
-        _finite("teacher", self)
+        check_finite("teacher", self)
         for grouping in self.branches:
-            _choice("teacher", "branches", grouping, Grouping)
+            check_choice("teacher", "branches", grouping, Grouping)
         if "class" not in self.branches:
             raise ConfigError(f"teacher.branches is {self.branches!r}; at least one must be 'class'")
-        _at_least("teacher", self, steps=1, shots=1, queries=1, pool=0, diversity=0, image_weight=0, refine=0)
+        check_at_least(
+            "teacher", self, steps=1, shots=1, queries=1, pool=0, diversity=0, image_weight=0, refine=0
+        )
         if "image" in self.branches and self.pool == 0:
             raise ConfigError('teacher.pool is 0; an "image" branch learns from the pool: give it images')
-        _at_least("teacher", self, episode_weight=0, classify_weight=0)
+        check_at_least("teacher", self, episode_weight=0, classify_weight=0)
         if self.episode_weight == 0 and self.classify_weight == 0:
             raise ConfigError(
                 'teacher.episode_weight and teacher.classify_weight are both 0; a "class" branch learns '
@@ -230,7 +205,7 @@ class TeacherConfig:
             )
         if self.tau <= 0 or self.lr <= 0:
             raise ConfigError(f"teacher.tau and teacher.lr must be above 0, got {self.tau!r} and {self.lr!r}")
-        _share("teacher", self, "smoothing", "refine_start", "refine_momentum", "refine_confidence")
+        check_share("teacher", self, "smoothing", "refine_start", "refine_momentum", "refine_confidence")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -270,16 +245,16 @@ class DistillConfig:
     classifier_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        _finite("distill", self)
-        _choice("distill", "method", self.method, Method)
-        _choice("distill", "metric_loss", self.metric_loss, MetricLoss)
-        _at_least("distill", self, weight=0, per_class=2, classes_per_batch=0, pool=0, rkd_angle=0)
+        check_finite("distill", self)
+        check_choice("distill", "method", self.method, Method)
+        check_choice("distill", "metric_loss", self.metric_loss, MetricLoss)
+        check_at_least("distill", self, weight=0, per_class=2, classes_per_batch=0, pool=0, rkd_angle=0)
         if self.temperature <= 0 or self.tau <= 0:
             raise ConfigError(
                 f"distill.temperature and distill.tau must be above 0, got {self.temperature!r} and "
                 f"{self.tau!r}"
             )
-        _share("distill", self, "classifier_smoothing", "s2sd_delay")
+        check_share("distill", self, "classifier_smoothing", "s2sd_delay")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -305,8 +280,8 @@ class EvaluateConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _choice("evaluate", "fuse", self.fuse, Fusion)
-        _at_least("evaluate", self, neighbours=1, new_class_shots=1, resamples=100, workers=0)
+        check_choice("evaluate", "fuse", self.fuse, Fusion)
+        check_at_least("evaluate", self, neighbours=1, new_class_shots=1, resamples=100, workers=0)
         if not 0 < self.false_unknown <= 0.5:
             raise ConfigError(f"evaluate.false_unknown is {self.false_unknown!r}; it must lie in (0, 0.5]")
 

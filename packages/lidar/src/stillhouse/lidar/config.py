@@ -5,10 +5,10 @@ Numbers of the reference code are marked "reference"; everything else is our cho
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
+from stillhouse.core.config import check_at_least, check_choice, check_finite
 from stillhouse.core.errors import ConfigError
 from stillhouse.core.train import OptimConfig, TrainConfig
 
@@ -18,23 +18,9 @@ PairWeight = Literal["none", "sigmoid"]
 PairNoise = Literal["scaled_1.1", "independent"]
 
 
-def _choice(section: str, name: str, value: object, allowed: object) -> None:
-    options = get_args(allowed)
-    if value not in options:
-        raise ConfigError(f"{section}.{name} is {value!r}; allowed: {', '.join(map(repr, options))}")
-
-
 def _check(section: str, owner: object, **limits: float) -> None:
-    """Refuse NaN and infinity everywhere, and values below their limit."""
-    for spec in fields(owner):  # type: ignore[arg-type]
-        value = getattr(owner, spec.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{section}.{spec.name} is {value!r}; it must be a finite number")
-    for name, least in limits.items():
-        value = getattr(owner, name)
-        if value < least:
-            raise ConfigError(f"{section}.{name} is {value!r}; it must be at least {least}")
+    check_finite(section, owner)
+    check_at_least(section, owner, **limits)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -240,11 +226,11 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for student in self.students:
-            _choice("distill", "students", student, Student)
+            check_choice("distill", "students", student, Student)
         if len(set(self.students)) < len(self.students):
             raise ConfigError(f"distill.students is {self.students!r}; name each once")
-        _choice("distill", "pair_weight", self.pair_weight, PairWeight)
-        _choice("distill", "pair_noise", self.pair_noise, PairNoise)
+        check_choice("distill", "pair_weight", self.pair_weight, PairWeight)
+        check_choice("distill", "pair_noise", self.pair_noise, PairNoise)
         _check("distill", self, steps=1, critic_ratio=1, student_steps=1, loser_weight=0, anchor=0)
         _check("distill", self, scene=0, point=0, data_weight=0, single_steps=1, single_weight=0)
         _check("distill", self, score_guidance=0)
@@ -289,7 +275,7 @@ class EvaluateConfig:
     resamples: int = 2000
 
     def __post_init__(self) -> None:
-        _choice("evaluate", "sampler", self.sampler, Sampler)
+        check_choice("evaluate", "sampler", self.sampler, Sampler)
         if self.convention not in ("correct", "reference"):
             raise ConfigError(f"evaluate.convention is {self.convention!r}; allowed: 'correct', 'reference'")
         _check("evaluate", self, teacher_guidance=0, student_guidance=0, steps=1, scans=1, resamples=100)

@@ -10,6 +10,10 @@ Configuration files in Python are executed: read only files you trust.
 
 from __future__ import annotations
 
+from ._checks import check_at_least as check_at_least
+from ._checks import check_choice as check_choice
+from ._checks import check_finite as check_finite
+from ._checks import check_share as check_share
 from ._convert import check_class as check_class
 from ._convert import describe as describe
 from ._load import load_config as load_config

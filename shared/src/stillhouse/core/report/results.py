@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from stillhouse.core.errors import DataError
+from stillhouse.core.files import replacing
 from stillhouse.core.run import jsonable
 
 RESULTS = "results.json"
@@ -38,15 +38,10 @@ def write_results(results: Any, folder: str | os.PathLike[str], *, domain: str, 
         TypeError: something in the results is no plain data.
     """
     target = Path(folder) / RESULTS
-    target.parent.mkdir(parents=True, exist_ok=True)
     table = {"format": f"stillhouse-{domain}-results", "schema": schema, **jsonable(asdict(results))}
-    work = target.with_name(f".{RESULTS}.{secrets.token_hex(4)}")
-    try:
-        text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing(target) as work:
         work.write_text(text + "\n", encoding="utf-8")
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
     return target
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.core.files import replacing
 
-from .._atomic import replacing
 from ._source import batches_of, padded, pieces_of
 from ._windows import POOLS, Pool, embed_windows
 

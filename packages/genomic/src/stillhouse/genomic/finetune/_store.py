@@ -23,9 +23,9 @@ from torch import Tensor
 
 from stillhouse.core.artifact import Artifact, Licence
 from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.core.files import replacing
 from stillhouse.core.run import Run, jsonable
 
-from .._atomic import replacing
 from ..heads import Classifier, Head
 from ..metrics import Metric, metric
 from ..student import StudentConfig, build_student

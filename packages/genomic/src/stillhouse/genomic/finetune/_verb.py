@@ -15,9 +15,9 @@ import numpy as np
 from torch import nn
 
 from stillhouse.core.errors import DataError
+from stillhouse.core.files import replacing
 from stillhouse.core.run import Run, jsonable
 
-from .._atomic import replacing
 from ._config import FinetuneConfig
 from ._fit import FinetuneResult, check_parts, finetune
 from ._store import FOLDER, save_classifier

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.core.errors import ConfigError, DataError
+from stillhouse.core.files import replacing
 
-from .._atomic import replacing
 from ..heads import CharacterCoder, other_strand, padded_ids, real_letters
 from ._vcf import Variant, is_bases, read_vcf
 from ._window import Site, site_of, windows_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -12,35 +11,23 @@ from typing import IO
 import numpy as np
 
 from stillhouse.core.errors import DataError
+from stillhouse.core.files import replacing
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing; it gets that name when the block ends without error.
 
+    Missing folders are made.
+
     Raises:
-        DataError: the folder does not exist or cannot be written to.
+        DataError: `path` is a folder, or nothing can be written there.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give the name of a file")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); give another folder") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as work, work.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        if isinstance(error, OSError) and not isinstance(error, DataError):
-            raise DataError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_cloud(
@@ -66,6 +53,7 @@ def write_cloud(
         DataError: an unknown format, or the file cannot be written.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_cloud(Path(folder, "cloud.ply"), np.eye(3)).stat().st_size > 36
         True
